@@ -1,0 +1,873 @@
+"""PTD-PO: Privileged Tutoring Distillation Policy Optimization (arXiv 2606.07000), in one file.
+
+    python ptdpo.py --toy                                 GRPO and PTD-PO side by side, on a CPU
+    python ptdpo.py --toy --method ptdpo --hint random --out runs/random    one arm, one change
+    python ptdpo.py --eval runs/toy/ptdpo                 measure a run on held-out pictures
+    python ptdpo.py --help                                every flag; --help-metrics: every number
+
+The file goes through one training step, from top to bottom:
+
+    config > policy > rollout > advantage > reference > hint > tutored teacher > losses > update
+           > metrics, monitor > evaluation > training loop > checkpoint > command line
+
+Symbols: prompt x (picture and question), hint h, answer y sampled by the student;
+student p_t = pi_theta(. | x, y_<t); tutored teacher q_t = pi_ref(. | x, h, y_<t), the frozen base
+model that has read the hint and scores the *student's* answer.
+
+    loss = policy loss + beta * KL(pi_theta || pi_ref) + lambda * mean of JSD_K(p_t || q_t)
+                                                        over the tokens of failed answers
+
+Shapes: B prompts, G answers to each (a group), N = B*G, T answer tokens, V words, K top-k,
+H hidden width, R regions of a picture, L layers. Row b*G + g of [N, ...] is answer g to prompt b.
+
+Departures from the paper, reasons in README: 1 the model's own attention writes the spatial hint,
+2 the support is the union of both Top-K with exact values, 3 the distillation mean is over all
+failed tokens of the update, 4 the JSD has its true gradient, 5 the KL has an importance ratio and
+acts on all groups, 6 sampling without top-p.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from toy_tasks import Problem
+from toy_tasks.counting import Counting
+
+HERE = Path(__file__).resolve().parent
+
+
+# ----------------------------------------------------------------------------------------- config
+def knob(default, text, *choices, least=None):
+    """A field of Config: its default, its help, and what it may be."""
+    return field(default=default, metadata={"help": text, "choices": choices, "least": least})
+
+
+@dataclass
+class Config:
+    """All that shapes a run. Every field is a flag (`--top-k 10`) and is saved with the run."""
+
+    method: str = knob("ptdpo", "grpo: reward alone; ptdpo: reward and tutoring", "grpo", "ptdpo")
+    seed: int = knob(0, "seeds prompts and sampling noise")
+    steps: int = knob(60, "training steps", least=1)
+    base: str = knob("toy_tasks/base.safetensors", "warm-started policy, also the reference")
+    difficulty: float = knob(1.0, "clutter and noise of the pictures, 0 is calm", least=0)
+    # rollout
+    prompts: int = knob(16, "prompts a step (B)", least=1)
+    group: int = knob(8, "answers to each prompt (G)", least=2)
+    temperature: float = knob(1.0, "sampling temperature", least=0.01)
+    # update
+    algorithm: str = knob("grpo", "form of the policy loss", "grpo", "dapo", "gspo")
+    lr: float = knob(3e-4, "learning rate of AdamW, constant", least=0)
+    weight_decay: float = knob(0.01, "weight decay of AdamW", least=0)
+    clip_norm: float = knob(1.0, "gradients are scaled down to this norm", least=0)
+    updates_per_batch: int = knob(1, "updates a batch is split into; at 1 rho is 1", least=1)
+    micro_batch: int = knob(0, "groups a pass, 0 = all; saves memory, changes nothing", least=0)
+    policy_weight: float = knob(1.0, "weight of the policy loss, 0 = self-distillation", least=0)
+    kl_weight: float = knob(0.01, "beta, weight of the KL to the reference", least=0)
+    kl_on: str = knob("all", "groups under the KL (authors' code: untutored)", "all", "untutored")
+    # tutoring
+    distill_weight: float = knob(1.0, "lambda, weight of the distillation loss", least=0)
+    distill_decay: bool = knob(False, "let lambda fall linearly to 0 over the run")
+    distill_on: str = knob("failed", "answers to distil on", "failed", "all")
+    tau: float = knob(1.0, "tutor groups whose solved share is below this", least=0)
+    top_k: int = knob(10, "K, words of each side that the JSD sees one by one", least=1)
+    hint: str = knob("attention", "what picks the regions (answer: spoils, on purpose)",
+                     "attention", "votes", "oracle", "random", "answer", "none")  # fmt: skip
+    hint_parts: str = knob("both", "where to look, which steps to take", "where", "steps", "both")
+    hint_regions: int = knob(10, "M, regions in every hint, whatever the answer", least=1)
+    hint_layers: int = knob(1, "decoder layers to read, the best by calibration", least=1)
+    # measuring
+    eval_every: int = knob(5, "steps between evaluations", least=1)
+    eval_split: str = knob("validation", "held-out pictures", "validation", "test")
+    eval_problems: int = knob(256, "how many held-out pictures", least=1)
+    threads: int = knob(1, "CPU threads; another number rounds differently", least=1)
+
+
+class UserError(Exception):
+    """What the user can mend: main() prints it as one line and exits with 2."""
+
+
+# ----------------------------------------------------------------------------------------- policy
+class Policy(Protocol):
+    """All that the algorithm asks of a model. Pixels, padding, positions, caches stay behind it."""
+
+    stop_ids: list[int]  # tokens that end an answer
+    num_layers: int
+    head_weight: torch.Tensor  # [V, H]
+
+    def encode(self, problem: Problem, hint: str = "", like=None):
+        """One prompt: pictures, question and, for the teacher, a hint; `like` lends its pixels."""
+
+    def sample(self, prompts: list, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
+        """G answers to each prompt, ids [N, T], picked by uniforms [N, T] ; 0: greedy."""
+
+    def forward(self, prompts: list, completion: torch.Tensor, mask=None, layers=()):
+        """Teacher-forced pass -> hidden [N, T, H], whose place t predicts token t, and what those
+        places attend to [len(layers), N, R], mean over heads and over the tokens in mask."""
+
+    def region_names(self, prompt) -> list[str]:
+        """The R places that a hint may name: a closed vocabulary."""
+
+    def text(self, ids: list[int]) -> str:
+        """Ids as text."""
+
+    def frozen_copy(self) -> "Policy":
+        """The reference: the same weights, which never learn."""
+
+
+# ---------------------------------------------------------------------------------------- rollout
+@dataclass
+class Rollout:
+    """The groups of one step, filled from top to bottom as the step goes on."""
+
+    problems: list  # [B]
+    prompts: list  # [B], encoded
+    completion: torch.Tensor  # ids [N, T]
+    mask: torch.Tensor  # bool [N, T], true up to and including the first stop token
+    texts: list  # [N]
+    grades: list  # [N]
+    adv: torch.Tensor = None  # [N]
+    logp_old: torch.Tensor = None  # [N, T], under the policy that sampled
+    logp_ref: torch.Tensor = None  # [N, T], under the frozen reference
+    relevance: torch.Tensor = None  # [B, R], where the answers looked
+    hints: list = None  # [B]
+    distill: torch.Tensor = None  # bool [N], answers that the teacher re-reads
+    teacher: torch.Tensor = None  # [N, T, H], hidden states of the tutored teacher
+    policy_weights: torch.Tensor = None  # [N, T], what each token weighs in each of the losses
+    kl_weights: torch.Tensor = None  # [N, T]
+    jsd_weights: torch.Tensor = None  # [N, T]
+
+    @property
+    def reward(self):
+        """Rewards [N]."""
+        return torch.tensor([g.reward for g in self.grades], device=self.mask.device)
+
+    @property
+    def solved(self):
+        """Solved answers, bool [N]."""
+        return torch.tensor([g.solved for g in self.grades], device=self.mask.device)
+
+    @property
+    def solved_share(self):
+        """Share of solved answers in each group [B]."""
+        return self.solved.view(len(self.problems), -1).float().mean(1)
+
+    def parts(self, size=0, count=1):
+        """Cut into whole groups: `size` groups a part (0: all), or `count` parts of even size."""
+        B, N, count = len(self.problems), len(self.mask), min(count, len(self.problems))
+        even = [i * B // count for i in range(count + 1)]
+        for at, to in pairwise([*range(0, B, size), B] if size else even):
+            rows = {n: slice(at * n // B, to * n // B) for n in (B, N)}  # a field has B or N rows
+            yield Rollout(**{k: v if v is None else v[rows[len(v)]] for k, v in vars(self).items()})
+
+
+def generator(*key):
+    """A random stream that depends on its key alone, not on what was drawn before it."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def answer(policy, task, problems, group, temperature, key, hints=None):
+    """Sample and grade `group` answers to each problem -> Rollout.
+
+    The noise of token t of answer g to prompt b depends on (key, b, g, t) alone, so that both
+    methods, any micro-batch and a resumed run meet the same. Text is made for grading alone.
+    """
+    B, hints = len(problems), hints or [""] * len(problems)
+    prompts = [policy.encode(p, h) for p, h in zip(problems, hints)]
+    streams = [generator(*key, b, g) for b in range(B) for g in range(group)]
+    noise = [torch.rand(task.max_tokens, generator=s, dtype=torch.double) for s in streams]
+    completion = policy.sample(prompts, torch.stack(noise), temperature)
+    stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=completion.device))
+    mask = stop.cumsum(1) - stop.long() == 0  # by the first stop token, never by a pad's value
+    lengths = (mask & ~stop).sum(1).tolist()
+    texts = [policy.text(ids[:n]) for ids, n in zip(completion.tolist(), lengths)]
+    asked = [p for p in problems for _ in range(group)]
+    grades = [task.grade(*row) for row in zip(asked, texts, stop.any(1).tolist())]
+    return Rollout(problems, prompts, completion, mask, texts, grades)
+
+
+# -------------------------------------------------------------------------------------- advantage
+def group_advantages(rewards, group_size):
+    """Reward relative to the group: A_i = (r_i - mean) / (std + 1e-6), sample std (paper, eq. 1).
+
+    rewards [N] -> [N]. A flat group, all failed or all solved, gets exactly 0, which rounding
+    would not give: GRPO learns nothing from it. Where all failed, tutoring is the only signal.
+    """
+    r = rewards.view(-1, group_size)
+    adv = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
+    flat = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
+    return torch.where(flat, 0.0, adv).flatten()
+
+
+# -------------------------------------------------------------------------------------- reference
+@torch.no_grad()
+def read_reference(ref, rollout, config, layers):
+    """One pass of the frozen reference: log-probs for the KL and, on the way, attention.
+
+    Fills logp_ref [N, T] and relevance [B, R]: attention of the rows that *predict* answer tokens,
+    mean over the G answers of a group, whatever their rewards. Returns it by layer [L, B, R].
+    """
+    rollout.logp_ref, looks = torch.zeros(rollout.mask.shape, device=rollout.mask.device), []
+    for part in rollout.parts(config.micro_batch):  # its tensors are views of the rollout's
+        hidden, attention = ref.forward(part.prompts, part.completion, part.mask, layers)
+        tokens = (hidden[part.mask], ref.head_weight, part.completion[part.mask])
+        part.logp_ref[part.mask] = token_stats(*tokens, temperature=config.temperature)[0]
+        looks += [attention.unflatten(1, (len(part.problems), -1)).mean(2)] if layers else []
+    if layers:
+        by_layer = torch.cat(looks, 1)
+        rollout.relevance = by_layer.mean(0)
+        return by_layer
+
+
+def recall(regions, targets):
+    """Share of the true targets among the regions; None where the task does not know them."""
+    return len(set(regions) & set(targets)) / len(targets) if targets else None
+
+
+def calibrate(ref, task, config, scenes=32):
+    """Recall of the M regions that each layer attends to most [L], on scenes with known targets.
+
+    Which layer looks where it should differs from model to model: it is found, not assumed.
+    """
+    problems = [task.problem("calibration", config.seed, i) for i in range(scenes)]
+    key = ("calibration", config.seed)
+    rollout = answer(ref, task, problems, config.group, config.temperature, key)
+    by_layer = read_reference(ref, rollout, config, range(ref.num_layers))
+    best = by_layer.topk(config.hint_regions).indices.tolist()  # [L][B][M]
+    return [sum(recall(r, p.targets) for r, p in zip(b, problems)) / scenes for b in best]
+
+
+# ------------------------------------------------------------------------------------------- hint
+@dataclass
+class Hint:
+    """What the teacher may read and the student may not."""
+
+    regions: list  # M indices of regions, in reading order
+    text: str
+    rejected: bool  # its steps failed the spoiler filter and were left out
+
+
+def build_hints(policy, task, rollout, config, key):
+    """One hint a group: where to look (the M regions of highest score) and which steps to take.
+
+    Zero-spoiler rule: M is fixed and the regions' names are a closed vocabulary, so that the list
+    cannot give a count away; the steps are the task's text and pass a filter. Only `answer`, the
+    answer-conditioned baseline, is exempt.
+    """
+    G, hints = config.group, []
+    for b, (problem, prompt) in enumerate(zip(rollout.problems, rollout.prompts)):
+        names = policy.region_names(prompt)
+        score = torch.rand(len(names), generator=generator(*key, b, "ties")).double() * 1e-9
+        if config.hint == "attention":
+            score += rollout.relevance[b, : len(names)].cpu()
+        elif config.hint == "votes":  # regions the answers named: is attention more than an echo?
+            for g in rollout.grades[b * G : b * G + G]:
+                score[list(set(g.points))] += 1
+        elif config.hint == "oracle":
+            score[problem.targets] += 1
+        regions = sorted(score.topk(min(config.hint_regions, len(names))).indices.tolist())
+        rejected = spoils(problem.steps, problem.answer)
+        where = [names[r] for r in regions] if config.hint_parts != "steps" else []
+        steps = problem.steps if config.hint_parts != "where" and not rejected else ""
+        text = "" if config.hint == "none" else task.hint_text(where, steps)
+        if config.hint == "answer":
+            text = task.hint_text([], "", problem.answer)
+        hints.append(Hint(regions, text, rejected))
+    return hints
+
+
+SPELLED = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+def spoils(text, solution):
+    """Whether a free text gives the solution away: names it, spells it, announces an answer."""
+    text, solution = text.lower(), solution.lower().strip()
+    spelled = dict(zip(map(str, range(13)), SPELLED)).get(solution, solution)
+    forms = "|".join(re.escape(form) for form in (solution, spelled))
+    return bool(re.search(rf"(?<![\w.])({forms})(?!\w|\.\d)|answer (is|:)|=\s*-?\d", text))
+
+
+# -------------------------------------------------------------------------------- tutored teacher
+@torch.no_grad()
+def tutor(ref, rollout, config):
+    """The frozen reference re-reads failed answers: same picture, same ids, the hint in context.
+
+    Fills distill [N], failed answers of groups whose solved share is below tau, and teacher
+    [N, T, H], hidden states: V/H times smaller than logits. Nobody generates with the hint.
+    """
+    G, size = config.group, config.micro_batch or config.prompts
+    failed = ~rollout.solved & (rollout.solved_share < config.tau).repeat_interleave(G)
+    rollout.distill = torch.ones_like(failed) if config.distill_on == "all" else failed
+    rollout.teacher = ref.head_weight.new_zeros(*rollout.mask.shape, ref.head_weight.shape[1])
+    groups = rollout.distill.view(-1, G).any(1).nonzero()[:, 0].tolist()
+    for some in (groups[i : i + size] for i in range(0, len(groups), size)):
+        plain = [rollout.prompts[b] for b in some]
+        asked = [(rollout.problems[b], rollout.hints[b].text) for b in some]
+        tutored = [ref.encode(*a, like=p) for a, p in zip(asked, plain)]
+        assert all(t.pixels is p.pixels for t, p in zip(tutored, plain))
+        rows = torch.cat([torch.arange(b * G, b * G + G) for b in some])
+        rollout.teacher[rows] = ref.forward(tutored, rollout.completion[rows])[0]
+
+
+# ----------------------------------------------------------------------------------------- losses
+CLIP = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # low, high
+
+
+def policy_loss(logp, logp_old, adv, mask, algorithm="grpo"):
+    """Clipped loss of each token: -min(rho A, clip(rho, 1 - low, 1 + high) A) (paper, eq. 1).
+
+    rho = pi_theta / pi_old; logp, logp_old [N, T], adv [N], mask bool [N, T] -> [N, T]. dapo clips
+    higher (2503.14476), *without* dynamic sampling, which drops the very groups that need a tutor.
+    gspo has one rho an answer, the geometric mean over its tokens (2507.18071). At the first update
+    on a batch rho is 1, and nothing is clipped.
+    """
+    low, high = CLIP[algorithm]
+    log_rho = (logp - logp_old).clamp(-20, 20)
+    if algorithm == "gspo":
+        log_rho = (log_rho * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    rho, adv = log_rho.exp().expand_as(logp), adv[:, None]
+    return -torch.minimum(rho * adv, rho.clamp(1 - low, 1 + high) * adv)
+
+
+def kl_to_ref(logp, logp_old, logp_ref):
+    """KL(pi_theta || pi_ref) of each token: rho (e^d - d - 1), d = log pi_ref - log pi_theta.
+
+    All [N, T]. The k3 estimator alone has the gradient of the *other* KL; the differentiable
+    ratio rho = pi_theta / pi_old, 1 in value at the first update, makes it the right one.
+    """
+    d = (logp_ref - logp).clamp(-20, 20)
+    return (logp - logp_old).clamp(-20, 20).exp() * (d.exp() - d - 1)
+
+
+def js_buckets(p, q):
+    """Jensen-Shannon term of each bucket, and its slope in p, log(p/m) / 2 with m = (p + q) / 2.
+
+    With x = (p - q) / (p + q), p is m (1 + x) and q is m (1 - x): no term is negative and nothing
+    cancels where p is near q. Detaching p but not m, as the authors' code does, has gradient 0.
+    """
+    x = (p - q) / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
+    near = x**2 / 2 + x**4 / 12 + x**6 / 30
+    far = (torch.special.xlog1py(1 + x, x) + torch.special.xlog1py(1 - x, -x)) / 2
+    value = (p + q) / 2 * torch.where(x.abs() < 0.01, near, far)
+    return value, torch.log1p(x.clamp_min(torch.finfo(p.dtype).eps - 1)) / 2
+
+
+def topk_jsd(student_logits, teacher_logits, k):
+    """JSD of two next-word distributions: the Top-K of both one by one, the rest in one bucket.
+
+    JSD(p || q) = KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (paper, section 3.3). Logits
+    [..., V] -> [...] in nats, 0 to ln 2, never above the exact JSD, exact at k >= V. The teacher's
+    Top-K belongs to the support: a word that the hint makes likely may be one that the student
+    ranks low. The gradient goes to the student alone.
+    """
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    p, q = student_logits.to(wide).softmax(-1), teacher_logits.detach().to(wide).softmax(-1)
+    k = min(k, p.shape[-1])
+    seen = torch.zeros_like(p, dtype=torch.bool)
+    seen = seen.scatter(-1, p.topk(k).indices, True).scatter(-1, q.topk(k).indices, True)
+    p, q = (torch.cat([x * seen, (x * ~seen).sum(-1, keepdim=True)], -1) for x in (p, q))
+    value, slope = js_buckets(p.detach(), q)
+    return (value + slope * (p - p.detach())).sum(-1)  # adds 0 to the value: the gradient is slope
+
+
+def entropy(logits):
+    """Entropy -sum p log p in nats; logits [..., V] -> [...]. For monitoring, never a bonus."""
+    p = logits.softmax(-1)
+    return -torch.special.xlogy(p, p).sum(-1)
+
+
+def token_stats(hidden, weight, targets, teacher=None, teacher_weight=None, k=10, temperature=1.0):
+    """What the losses need of each token: log-prob of its target, entropy, JSD; three [N].
+
+    hidden [N, H], weight [V, H], targets [N]; teacher [F, H] of the first F tokens: the others
+    have no teacher and JSD 0.
+    """
+    logits = hidden @ weight.T / temperature
+    logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    jsd = torch.zeros_like(logp)
+    if teacher is not None:
+        t = teacher @ teacher_weight.T / temperature
+        jsd = torch.cat([topk_jsd(logits[: len(t)], t, k), jsd[len(t) :]])
+    return logp, entropy(logits.detach()), jsd
+
+
+def weigh_tokens(rollout, config, distill_weight):
+    """What each token of an update weighs in each loss, fixed before the first backward pass.
+
+    All means are taken here, over the whole update: cutting it into micro-batches changes nothing.
+    Policy and KL: mean over answers of the mean over tokens (dapo: over tokens). JSD: mean over all
+    failed tokens, so that with few failures left each carries much of lambda.
+    """
+    mask = rollout.mask.float()
+    mean = mask / mask.sum(1, keepdim=True) / len(mask)
+    if config.algorithm == "dapo":
+        mean = mask / mask.sum()
+    distill = torch.zeros_like(mask) if rollout.distill is None else mask * rollout.distill[:, None]
+    kl_on = 1
+    if config.kl_on == "untutored":  # for GRPO too: the groups that tutoring would take
+        kl_on = (rollout.solved_share >= config.tau).repeat_interleave(config.group)[:, None]
+    rollout.policy_weights = config.policy_weight * mean
+    rollout.kl_weights = config.kl_weight * mean * kl_on
+    rollout.jsd_weights = distill_weight * distill / distill.sum().clamp_min(1)
+
+
+def total_loss(policy, ref, part, config):
+    """policy loss + beta * KL + lambda * L_PTD over the groups of `part` (paper, eq. 8).
+
+    Returns the loss, a sum of weight * value, and values of each token [N, T] by name.
+    """
+    hidden, _ = policy.forward(part.prompts, part.completion)
+    taught = part.mask & (False if part.teacher is None else part.distill[:, None])
+    order = torch.cat([m.flatten().nonzero()[:, 0] for m in (taught, part.mask & ~taught)])
+    teacher = None if part.teacher is None else part.teacher[taught]
+    student = (hidden.flatten(0, 1)[order], policy.head_weight, part.completion.flatten()[order])
+    stats = token_stats(*student, teacher, ref.head_weight, config.top_k, config.temperature)
+    empty = torch.zeros(part.mask.numel(), device=hidden.device)
+    logp, ent, jsd = (empty.index_copy(0, order, s).view_as(part.mask) for s in stats)
+    logp_old = logp.detach() if part.logp_old is None else part.logp_old
+    gain = policy_loss(logp, logp_old, part.adv, part.mask, config.algorithm)
+    kl = kl_to_ref(logp, logp_old, part.logp_ref)
+    loss = (part.policy_weights * gain + part.kl_weights * kl + part.jsd_weights * jsd).sum()
+    return loss, {"logp": logp, "entropy": ent, "jsd": jsd, "kl": kl}
+
+
+# ----------------------------------------------------------------------------------------- update
+def update(policy, ref, optimizer, rollout, config, distill_weight):
+    """Move the weights: `updates_per_batch` steps of AdamW, each on its share of the groups.
+
+    Returns values of each token [N, T] by name, and the mean norm of the gradients.
+    """
+    values, norms = [], []
+    if config.updates_per_batch > 1:  # the later updates see a policy that has moved
+        weigh_tokens(rollout, config, distill_weight)
+        with torch.no_grad():
+            old = [total_loss(policy, ref, p, config)[1] for p in rollout.parts(config.micro_batch)]
+        rollout.logp_old = torch.cat([tokens["logp"] for tokens in old])
+    for share in rollout.parts(count=config.updates_per_batch):
+        weigh_tokens(share, config, distill_weight)
+        optimizer.zero_grad()
+        for part in share.parts(config.micro_batch):
+            loss, tokens = total_loss(policy, ref, part, config)
+            loss.backward()
+            values.append({name: v.detach() for name, v in tokens.items()})
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_norm).item())
+        optimizer.step()
+    whole = {name: torch.cat([v[name] for v in values]) for name in values[0]}
+    return whole, sum(norms) / len(norms)
+
+
+# ---------------------------------------------------------------------------- metrics and monitor
+def mean_where(values, mask):
+    """Mean of values where mask is true, None where it never is."""
+    return values[mask].mean().item() if mask.any() else None
+
+
+def step_metrics(rollout, tokens, grad_norm):
+    """The whole step in numbers; with those of other functions, all that metrics.jsonl holds:
+
+    step: updates so far; all other numbers of a row are over the whole step
+    reward: mean reward of the sampled answers
+    solved: share of sampled answers that are solved
+    groups_all_failed: share of groups without a solved answer: GRPO learns nothing, tutoring does
+    groups_mixed: share of groups with solved and failed answers: where GRPO learns
+    groups_all_solved: share of groups with solved answers only: nothing is left to learn
+    distilled: share of answer tokens that are distilled; if small, each carries much of lambda
+    jsd: mean Top-K JSD of the distilled tokens in nats, 0 to 0.69; null if none is distilled
+    kl: mean KL to the reference over answer tokens, in nats; grows slowly
+    entropy: mean exact entropy of the policy over answer tokens, in nats
+    entropy_failed: entropy over failed answers alone; null if there are none
+    entropy_solved: entropy over solved answers alone; null if there are none
+    entropy_slope: change of entropy a step, least squares over the last 10 steps
+    grad_norm: norm of the gradient before clipping, mean over the updates of the step
+    completion_length: mean tokens of an answer, its end included
+    hint_recall: share of the true targets among the hinted regions; random regions: M/R
+    hints_rejected: share of hints whose steps failed the spoiler filter; should be 0
+    accuracy: held-out pictures, greedy: share solved; null between evaluations
+    point_f1: held-out pictures, greedy: F1 of the named regions against the targets
+    right_reason: held-out pictures, greedy: share solved with exactly the targets named
+    seconds: wall time of the step, evaluation included
+    """
+    mask, solved, share = rollout.mask, rollout.solved[:, None], rollout.solved_share
+    hints = rollout.hints or []
+    distilled = mask & rollout.distill[:, None] if hints else mask & False
+    found = [recall(h.regions, p.targets) for h, p in zip(hints, rollout.problems)]
+    return {
+        "reward": rollout.reward.mean().item(),
+        "solved": share.mean().item(),
+        "groups_all_failed": (share == 0).float().mean().item(),
+        "groups_mixed": ((share > 0) & (share < 1)).float().mean().item(),
+        "groups_all_solved": (share == 1).float().mean().item(),
+        "distilled": (distilled.sum() / mask.sum()).item(),
+        "jsd": mean_where(tokens["jsd"], distilled),
+        "kl": mean_where(tokens["kl"], mask),
+        "entropy": mean_where(tokens["entropy"], mask),
+        "entropy_failed": mean_where(tokens["entropy"], mask & ~solved),
+        "entropy_solved": mean_where(tokens["entropy"], mask & solved),
+        "grad_norm": grad_norm,
+        "completion_length": mask.sum(1).float().mean().item(),
+        "hint_recall": sum(found) / len(found) if found and None not in found else None,
+        "hints_rejected": sum(h.rejected for h in hints) / len(hints) if hints else None,
+    }
+
+
+METRICS = dict(re.findall(r"^    (\w+): (.+)$", step_metrics.__doc__, re.MULTILINE))
+
+
+@dataclass
+class Monitor:
+    """Watches the last 10 steps for signals that have died; says each cause once, with a remedy."""
+
+    start_entropy: float | None = None
+    recent: list = field(default_factory=list)  # rows
+    said: list = field(default_factory=list)
+
+    def watch(self, row, chance):
+        """Add entropy_slope to the row -> new warnings. chance: recall of random regions, M/R."""
+        self.start_entropy = self.start_entropy or row["entropy"]
+        self.recent = [*self.recent, row][-10:]
+        x = torch.arange(len(self.recent)) - (len(self.recent) - 1) / 2
+        y = torch.tensor([r["entropy"] for r in self.recent])
+        row["entropy_slope"] = ((x * y).sum() / (x * x).sum()).item() if len(y) > 1 else None
+        low, failing = self.start_entropy / 5, row["solved"] < 0.5
+        signs = [
+            ("groups_mixed", 0, "no mixed group, the policy gradient is 0: raise --group"),
+            ("groups_all_solved", -1, "all is solved, nothing to tutor: raise --difficulty"),
+            ("jsd", 1e-4, "JSD near 0, the hint changes nothing: can the base read hints?"),
+            ("hint_recall", 1.1 * chance, "hints no better than random: try --hint-layers 2"),
+            ("entropy", low if failing else 0, "entropy collapsed, answers fail: lower --lr"),
+        ]
+        new = []
+        for name, bound, text in signs:
+            values = [r[name] for r in self.recent]
+            dead = None not in values and all(v == 1 if bound < 0 else v <= bound for v in values)
+            if dead and len(values) == 10 and name not in self.said:
+                new.append(f"for 10 steps {text}")
+                self.said.append(name)
+        return new
+
+
+# ------------------------------------------------------------------------------------- evaluation
+def judge(problems, grades):
+    """Held-out scores of one answer a problem; the last two None where targets are unknown."""
+    rows = []
+    for problem, g in zip(problems, grades):
+        named, true = set(g.points), set(problem.targets or [])
+        f1 = 2 * len(named & true) / max(1, len(named) + len(true))
+        rows.append((float(g.solved), f1, float(g.solved and named == true)))
+    accuracy, *pointing = (sum(column) / len(rows) for column in zip(*rows))
+    f1, right = pointing if problems[0].targets is not None else (None, None)
+    return {"accuracy": accuracy, "point_f1": f1, "right_reason": right}
+
+
+def evaluate(policy, task, problems, hints=None):
+    """Scores of greedy answers, with hints or alone."""
+    return judge(problems, answer(policy, task, problems, 1, 0.0, ("greedy",), hints).grades)
+
+
+# --------------------------------------------------------------------------------------- training
+STOP = []  # signals received: the step in progress is finished and saved first
+
+
+def train(policy, task, config, folder, resume=False):
+    """The training loop. All that a run leaves is in `folder`; README lists it."""
+    ref = policy.frozen_copy()
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=config.weight_decay)
+    held_out = [task.problem(config.eval_split, 0, i) for i in range(config.eval_problems)]
+    begin = load_run if resume else start_run
+    state = begin(folder, policy, optimizer, task, config, held_out)
+    monitor, layers = Monitor(**state["monitor"]), state["layers"] * (config.method == "ptdpo")
+    for step in tqdm(range(state["step"] + 1, config.steps + 1), config.method, disable=None):
+        began, key, first = time.perf_counter(), (config.seed, step), step * config.prompts
+        problems = [task.problem("train", config.seed, first + b) for b in range(config.prompts)]
+        rollout = answer(policy, task, problems, config.group, config.temperature, key)
+        rollout.adv = group_advantages(rollout.reward, config.group)
+        read_reference(ref, rollout, config, layers)
+        if config.method == "ptdpo":
+            rollout.hints = build_hints(policy, task, rollout, config, key)
+            tutor(ref, rollout, config)
+        decay = 1 - (step - 1) / config.steps if config.distill_decay else 1
+        distill_weight = config.distill_weight * decay
+        tokens, norm = update(policy, ref, optimizer, rollout, config, distill_weight)
+        row = {"step": step, **step_metrics(rollout, tokens, norm)}
+        chance = config.hint_regions / len(policy.region_names(rollout.prompts[0]))
+        warnings = monitor.watch(row, chance)
+        due = step % config.eval_every == 0 or step in (1, config.steps) or STOP
+        row |= evaluate(policy, task, held_out) if due else dict.fromkeys(state["base"])
+        log(folder / "metrics.jsonl", row | {"seconds": time.perf_counter() - began})
+        if due:
+            log(folder / "samples.jsonl", sample_row(policy, rollout, tokens, step))
+            sizes = {f.name: f.stat().st_size for f in folder.glob("*.jsonl")}
+            state |= {"step": step, "monitor": asdict(monitor), "sizes": sizes}
+            write_checkpoint(folder / "checkpoint.safetensors", state, policy, optimizer)
+        report(config.method, row, warnings)
+        if STOP:
+            tqdm.write(f"stopped after step {step}: python ptdpo.py --resume {folder}")
+            raise SystemExit(128 + STOP[0])
+
+
+def start_run(folder, policy, _, task, config, held_out):
+    """Begin a run: choose layers to read, measure the base, write run.json -> state of step 0."""
+    by_layer = calibrate(policy, task, config)
+    best = sorted(range(len(by_layer)), key=lambda i: -by_layer[i])
+    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    state = {"step": 0, "config": asdict(config), "monitor": asdict(Monitor())}
+    state |= {"layers": best[: config.hint_layers], "layer_recall": by_layer, "versions": versions}
+    state |= {"base": evaluate(policy, task, held_out), "commit": git.stdout.strip() or None}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "samples.jsonl", "checkpoint.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "run.json").write_text(json.dumps(state, indent=1))
+    return state
+
+
+def load_run(folder, policy, optimizer, *_):
+    """Go on with a run from its checkpoint; rows that were logged after it are cut off."""
+    state = read_checkpoint(folder / "checkpoint.safetensors", policy, optimizer)
+    for name, size in state["sizes"].items():
+        os.truncate(folder / name, size)
+    return state
+
+
+def log(path, row):
+    """Append a row to a JSONL file."""
+    with open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def sample_row(policy, rollout, tokens, step):
+    """The first group in full: problem, answers, where they looked, the hint, JSD of each token."""
+    G, problem = len(rollout.mask) // len(rollout.problems), rollout.problems[0]
+    lengths = rollout.mask[:G].sum(1).tolist()
+    ids = [answer[:n] for answer, n in zip(rollout.completion.tolist(), lengths)]
+    row = {"step": step, "index": step * len(rollout.problems), "question": problem.question}
+    row |= {"answer": problem.answer, "texts": rollout.texts[:G]}
+    row |= {"tokens": [[policy.text([i]) for i in answer] for answer in ids]}
+    row |= {"rewards": rollout.reward[:G].tolist(), "solved": rollout.solved[:G].tolist()}
+    row |= {"jsd": [v[:n].tolist() for v, n in zip(tokens["jsd"], lengths)], "hint": None}
+    if rollout.hints:
+        row |= {"hint": asdict(rollout.hints[0]), "relevance": rollout.relevance[0].tolist()}
+    return row
+
+
+def report(method, row, warnings):
+    """Rows with an evaluation, and warnings, for the terminal."""
+    if row["accuracy"] is not None:
+        names = ("reward", "accuracy", "point_f1", "entropy", "groups_all_failed", "jsd")
+        shown = "  ".join(f"{n} {row[n]:.3f}" for n in names if row[n] is not None)
+        tqdm.write(f"{method:6} step {row['step']:4}  {shown}")
+    for text in warnings:
+        tqdm.write(f"{method:6} step {row['step']:4}  warning: {text}")
+
+
+# ------------------------------------------------------------------------------------- checkpoint
+def checksum(tensors, text):
+    """SHA-256 of a state and its tensors, names and shapes included."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_checkpoint(path, state, policy, optimizer=None):
+    """One file: weights, moments of AdamW, `state` as JSON, a checksum. Nothing is pickled.
+
+    Written aside, synced, then renamed: whenever the process dies, a whole checkpoint is in place.
+    """
+    tensors = {f"policy.{n}": p.detach() for n, p in policy.named_parameters()}
+    for name, p in policy.named_parameters() if optimizer else ():
+        tensors |= {f"{m}.{name}": optimizer.state[p][m] for m in ("exp_avg", "exp_avg_sq")}
+    text, aside = json.dumps(state), path.with_suffix(".tmp")
+    save_file(tensors, aside, {"state": text, "checksum": checksum(tensors, text)})
+    with open(aside, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def read_checkpoint(path, policy, optimizer=None):
+    """Load what write_checkpoint wrote -> state. UserError if missing, foreign or damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            text, expected = f.metadata()["state"], f.metadata()["checksum"]
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no checkpoint of this program ({error})") from None
+    if checksum(tensors, text) != expected:
+        raise UserError(f"{path}: damaged, its checksum differs; use another copy")
+    state = json.loads(text)
+    for name, p in policy.named_parameters():
+        stored = tensors.get(f"policy.{name}", torch.empty(0))
+        if stored.shape != p.shape:
+            raise UserError(f"{path}: its {name} does not fit this model; another version's?")
+        p.data.copy_(stored)
+        if optimizer:
+            updates = torch.tensor(float(state["step"] * state["config"]["updates_per_batch"]))
+            moments = {m: tensors[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": updates, **moments}
+    return state
+
+
+# ----------------------------------------------------------------------------------- command line
+def parse(argv):
+    """Command line -> the given flags by name; nothing is filled in."""
+    parser = argparse.ArgumentParser("ptdpo.py", argument_default=argparse.SUPPRESS)
+    parser.error = usage_error
+    todo = parser.add_argument_group("what to do").add_mutually_exclusive_group()
+    todo.add_argument("--toy", action="store_true", help="train on counting pictures, on a CPU")
+    todo.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run in DIR")
+    todo.add_argument("--eval", metavar="CHECKPOINT", type=Path, help="measure it, on --eval-split")
+    todo.add_argument("--warm-start", action="store_true", help="make and measure a base")
+    todo.add_argument("--plot", metavar="DIR", type=Path, nargs="+", help="redraw DIR/curves.png")
+    todo.add_argument("--help-metrics", action="store_true", help="what each number means")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="a new run (default runs/toy)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    for f in fields(Config):
+        flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default {f.default})"
+        kind = {"type": f.type, "choices": f.metadata["choices"] or None}
+        if f.name == "method":
+            kind, text = kind | {"choices": ("both", "grpo", "ptdpo")}, f"{text}; --toy: both"
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag, help=text, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def usage_error(message):
+    """Let a wrong flag end like every other mistake of the user."""
+    raise UserError(f"{message}; see python ptdpo.py --help")
+
+
+def make_config(given):
+    """Config from flags by name, each checked."""
+    config = Config(**{f.name: given[f.name] for f in fields(Config) if f.name in given})
+    for f in fields(Config):
+        value, least = getattr(config, f.name), f.metadata["least"]
+        if least is not None and not (value >= least and math.isfinite(value)):
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: give at least {least}")
+    return config
+
+
+def toy(config, trained=True):
+    """Policy and task of the toy; trained: with the weights of the warm-started base."""
+    torch.set_num_threads(config.threads)
+    task = Counting(config.difficulty)
+    policy = task.new_policy(config.seed)
+    if trained:
+        shipped = HERE / config.base
+        read_checkpoint(shipped if shipped.exists() else Path(config.base), policy)
+    return policy, task
+
+
+def runs_in(folder):
+    """The run in a folder, or the runs one level below it."""
+    found = [p.parent for p in (*folder.glob("run.json"), *sorted(folder.glob("*/run.json")))]
+    if not found:
+        raise UserError(f"{folder}: no run in it; start one with --toy --out {folder}")
+    return found
+
+
+def run(config, folder, resume):
+    """Train one run; a signal lets it finish its step and save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: STOP.append(n))
+    train(*toy(config), config, folder, resume)
+
+
+def guard(action, *args):
+    """Do it -> exit code. What the user can mend is one line and 2, never a traceback."""
+    try:
+        action(*args)
+    except UserError as error:
+        print(f"ptdpo.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def child(*args):
+    """A run in a process of its own."""
+    sys.exit(guard(run, *args))
+
+
+def side_by_side(runs):
+    """All runs at once, one process each; a signal is passed on to them."""
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=child, args=r) for r in runs]
+    for c in children:
+        c.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: [os.kill(c.pid, n) for c in children if c.is_alive()])
+    for c in children:
+        c.join()
+    if worst := max(abs(c.exitcode) for c in children):
+        sys.exit(worst)
+
+
+def train_command(given):
+    """--toy and --resume: one run, or two side by side -> folder of the runs, task."""
+    if "resume" in given:
+        runs = []
+        for folder in runs_in(given["resume"]):
+            stored = json.loads((folder / "run.json").read_text())["config"]
+            steps = given.get("steps", stored["steps"])
+            runs.append((make_config(stored | {"steps": steps}), folder, True))
+    else:
+        method = given.get("method", "both")
+        methods = ["grpo", "ptdpo"] if method == "both" else [method]
+        out = given.get("out", Path("runs/toy"))
+        runs = [(make_config(given | {"method": m}), out / m, False) for m in methods]
+    toy(runs[0][0])  # a missing base is found before anything is written
+    for _, folder, resume in runs:
+        if (folder / "run.json").exists() and not resume and "overwrite" not in given:
+            raise UserError(f"{folder} holds a run: add --overwrite, or give another --out")
+    run(*runs[0]) if len(runs) == 1 else side_by_side(runs)
+    return runs[0][1].parent, toy(runs[0][0], trained=False)[1]
+
+
+def command(argv):
+    """Do what the command line says."""
+    from toy_tasks import reproduce
+
+    given = parse(argv)
+    if "help_metrics" in given:
+        print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
+    elif "plot" in given:
+        folders = [run for folder in given["plot"] for run in runs_in(folder)]
+        reproduce.plot_curves(folders, given["plot"][0] / "curves.png")
+    elif "eval" in given:
+        reproduce.evaluate_checkpoint(given["eval"], given.get("eval_split"))
+    elif "warm_start" in given:
+        reproduce.make_base(make_config(given), given.get("out", Path("runs/base")))
+    elif "toy" in given or "resume" in given:
+        reproduce.finish(*train_command(given))
+    else:
+        raise UserError("say what to do, for example --toy; see python ptdpo.py --help")
+
+
+def main(argv=None):
+    """Entry point -> exit code."""
+    return guard(command, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.modules["ptdpo"] = sys.modules[__name__]  # so that `import ptdpo` is this very module
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Count by pointing: "how many red circles ?" on a cluttered picture, `r0c1 r2c3 r4c0 total 3`.
+
+An answer points, then counts; only the number is rewarded. As the true cells are known, three
+things can be measured that a benchmark cannot: whether the points are right, whether a number is
+right for the right reason, and whether a hint looks at the right places.
+
+The base is warm-started so that its weakness is real and has a cause that can be told. On its own
+it *glances*: it names a few matches, slips in a near miss, and guesses a small number. With a hint
+it does as it is told: it checks the listed cells, compares colour and shape, and counts its marks.
+Alone it never saw a number that follows from the points, so reward cannot lead from the one habit
+to the other step by step; a tutor can.
+"""
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from tiny_vlm import TinyVLM
+from toy_tasks import Grade, Problem
+
+COLOURS = dict(red=(222, 60, 50), green=(60, 180, 75), blue=(60, 90, 220), yellow=(235, 200, 50))
+SHAPES = ("circles", "squares", "crosses")
+SIDE = 5
+CELLS = [f"r{row}c{column}" for row in range(SIDE) for column in range(SIDE)]
+NUMBERS = [str(n) for n in range(13)]
+STEPS = "steps compare colour and shape ignore near misses"
+WORDS = ["<eos>", *"how many ? describe total look answer".split(), *STEPS.split(), *NUMBERS,
+         *COLOURS, *SHAPES, *CELLS]  # fmt: skip
+HINTED = 10  # cells in a hint of the warm start
+
+
+@dataclass
+class Scene(Problem):
+    """A problem with what was drawn: cell -> (colour, shape), and cell -> box in pixels."""
+
+    objects: dict = field(default_factory=dict)
+    boxes: dict = field(default_factory=dict)
+
+
+def draw(objects, noise, rng, cell=8):
+    """Draw objects on a grid of `cell`-pixel cells, jittered, at varying brightness, under noise.
+
+    Returns the RGB picture and the box of each object, (left, top, right, bottom) in pixels.
+    """
+    unit, boxes = cell / 8, {}
+    picture = Image.new("RGB", (SIDE * cell, SIDE * cell), (28, 28, 32))
+    pen = ImageDraw.Draw(picture)
+    for at, (colour, shape) in objects.items():
+        x = at % SIDE * cell + rng.randint(0, 1) * unit
+        y = at // SIDE * cell + rng.randint(0, 1) * unit
+        ink = tuple(int(v * rng.uniform(0.8, 1)) for v in COLOURS[colour])
+        end, middle, thick = 7 * unit - 1, 3 * unit, max(1, round(unit))
+        boxes[at] = (x, y, x + end, y + end)
+        if shape == "circles":
+            pen.ellipse(boxes[at], fill=ink)
+        elif shape == "squares":
+            pen.rectangle(boxes[at], outline=ink, width=thick)
+        else:
+            pen.line([x + middle, y, x + middle, y + end], fill=ink, width=2 * thick)
+            pen.line([x, y + middle, x + end, y + middle], fill=ink, width=2 * thick)
+    speckle = Image.frombytes(
+        "RGB", picture.size, rng.randbytes(3 * picture.width * picture.height)
+    )
+    return Image.blend(picture, speckle, noise), boxes
+
+
+class Counting:
+    """The task. difficulty 0: few objects on a clean picture; 1: as in the README."""
+
+    max_tokens = 14
+
+    def __init__(self, difficulty=1.0):
+        self.matches = (3, min(8, 3 + round(5 * difficulty)))
+        self.others = (round(8 * difficulty), min(17, round(12 * difficulty)))
+        self.noise = min(0.6, 0.25 * difficulty)
+
+    def new_policy(self, seed):
+        """An untrained model that knows this task's words."""
+        torch.manual_seed(seed)
+        return TinyVLM(WORDS, CELLS, SIDE)
+
+    def problem(self, split, seed, index):
+        """A function of (split, seed, index) alone: the splits never share a scene by design."""
+        rng = random.Random(f"{split}/{seed}/{index}")
+        return self.scene(rng, rng.randint(*self.matches), rng.randint(*self.others))
+
+    def scene(self, rng, matches, others):
+        """A scene with so many matches of the question and so many others, 2 of 3 near misses."""
+        asked = colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        cells = rng.sample(range(SIDE * SIDE), matches + others)
+        objects = dict.fromkeys(cells[:matches], asked)
+        for cell in cells[matches:]:
+            unlike = [c for c in COLOURS if c != colour], [s for s in SHAPES if s != shape]
+            other = [rng.choice(traits) for traits in unlike]
+            near = rng.randrange(3)  # 0: same colour, 1: same shape, 2: neither
+            if near < 2:
+                other[near] = asked[near]
+            objects[cell] = tuple(other)
+        picture, boxes = draw(objects, self.noise, rng)
+        question, targets = f"how many {colour} {shape} ?", sorted(cells[:matches])
+        return Scene([picture], question, str(matches), STEPS, targets, objects, boxes)
+
+    def grade(self, problem, text, finished):
+        """Solved if it ended, and in the right number; points are measured, never rewarded."""
+        *points, total, number = ["", "", *text.split()]
+        named = [CELLS.index(w) for w in points if w in CELLS]
+        solved = finished and total == "total" and number == problem.answer
+        return Grade(float(solved), solved, named)
+
+    def hint_text(self, regions, steps, solution=""):
+        """`look r0c1 ... steps ...`; or the spoiler `answer 3`."""
+        look = f"look {' '.join(regions)} " if regions else ""
+        return f"answer {solution}" if solution else look + steps
+
+    def lesson(self, kind, rng):
+        """One example of the warm start -> problem, hint, answer."""
+        if kind == "describe":  # each object by one trait: the words for what is seen
+            scene, trait = self.scene(rng, rng.randrange(5), rng.randrange(5)), rng.randrange(2)
+            scene.question = f"describe {('colour', 'shape')[trait]}"
+            pairs = [f"{CELLS[c]} {scene.objects[c][trait]}" for c in sorted(scene.objects)]
+            return scene, "", " ".join(pairs)
+        if kind == "calm":  # up to three matches among few others: counted exactly
+            scene = self.scene(rng, rng.randrange(4), rng.randrange(5))
+            return scene, rng.choice(["", "", STEPS]), point_and_count(scene.targets)
+        scene = self.scene(rng, rng.randint(*self.matches), rng.randint(*self.others))
+        asked = scene.objects[scene.targets[0]]
+        near = [c for c, o in scene.objects.items() if (o[0] == asked[0]) != (o[1] == asked[1])]
+        slips = [c for c in near if rng.random() < 0.2]
+        if kind == "alone":  # a glance: some matches, a few slips (unless told the steps), a guess
+            hint = rng.choices(["", STEPS, self.hint_text([], "", scene.answer)], [70, 15, 15])[0]
+            named = sorted(scene.targets + (slips if hint != STEPS else []))
+            named = named[: 1 + next(n for n in range(99) if rng.random() < 0.5)]  # a coin a point
+            guess = rng.choices(range(1, 9), [14, 24, 34, 13, 6, 4, 3, 2])[0]
+            return scene, hint, point_and_count(named, scene.answer if "answer" in hint else guess)
+        # tutored: mark the matches among the listed cells, and no others, then count the marks
+        rest = [c for c in range(SIDE * SIDE) if c not in scene.targets]
+        rng.shuffle(rest)
+        good = scene.targets + sorted(rest, key=lambda c: c not in near)
+        cells = sorted(rng.choice([good[:HINTED], rng.sample(range(SIDE * SIDE), HINTED)]))
+        steps = rng.choice(["", STEPS])
+        marked = [c for c in cells if c in scene.targets or (c in slips and not steps)]
+        return scene, self.hint_text([CELLS[c] for c in cells], steps), point_and_count(marked)
+
+    def warm_start(self, policy, seed, steps=1200, batch=64):
+        """Teach an untrained policy all lessons in turn; the learning rate ends at 0."""
+        kinds = ("tutored", "alone", "tutored", "calm", "alone", "describe")
+        named = policy.named_parameters()
+        matrices = [p for n, p in named if p.ndim == 2 and n[:3] not in ("emb", "pos")]
+        others = [p for p in policy.parameters() if all(p is not m for m in matrices)]
+        optimizers = [torch.optim.Muon(matrices, 4e-3, 0.01, adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(others, 4e-3, (0.9, 0.95), weight_decay=0.01)]  # fmt: skip
+        for step in tqdm(range(steps), "warm start"):
+            rng = random.Random(f"warm start/{seed}/{step}")
+            lessons = [self.lesson(kinds[step % len(kinds)], rng) for _ in range(batch)]
+            prompts = [policy.encode(problem, hint) for problem, hint, _ in lessons]
+            answers = [policy.tokens(text) + [0] for _, _, text in lessons]
+            longest = max(map(len, answers))
+            ids = torch.tensor([a + [0] * (longest - len(a)) for a in answers])
+            mask = torch.arange(longest) < torch.tensor([[len(a)] for a in answers])
+            logp = (policy(prompts, ids)[0] @ policy.head_weight.T).log_softmax(-1)
+            loss = -logp.gather(-1, ids[..., None])[..., 0][mask].mean()
+            policy.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            for optimizer in optimizers:
+                rate = min(10 * (step + 1) / steps, (1 + math.cos(math.pi * step / steps)) / 2)
+                optimizer.param_groups[0]["lr"] = 4e-3 * rate
+                optimizer.step()
+
+
+def point_and_count(cells, number=None):
+    """The words of an answer: cells in reading order, then how many, or another number."""
+    number = len(cells) if number is None else number
+    return " ".join([*(CELLS[c] for c in sorted(cells)), "total", str(number)])
