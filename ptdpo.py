@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from toy_tasks import Problem
 from toy_tasks.counting import Counting
+from toy_tasks.jsonl import spoils
 
 HERE = Path(__file__).resolve().parent
 
@@ -252,7 +253,7 @@ def calibrate(ref, task, config, scenes=32):
     key = ("calibration", config.seed)
     rollout = answer(ref, task, problems, config.group, config.temperature, key)
     by_layer = read_reference(ref, rollout, config, range(ref.num_layers))
-    best = by_layer.topk(config.hint_regions).indices.tolist()  # [L][B][M]
+    best = by_layer.topk(min(config.hint_regions, by_layer.shape[-1])).indices.tolist()  # [L][B][M]
     return [sum(recall(r, p.targets) for r, p in zip(b, problems)) / scenes for b in best]
 
 
@@ -293,17 +294,6 @@ def build_hints(policy, task, rollout, config, key):
             text = task.hint_text([], "", problem.answer)
         hints.append(Hint(regions, text, rejected))
     return hints
-
-
-SPELLED = "zero one two three four five six seven eight nine ten eleven twelve".split()
-
-
-def spoils(text, solution):
-    """Whether a free text gives the solution away: names it, spells it, announces an answer."""
-    text, solution = text.lower(), solution.lower().strip()
-    spelled = dict(zip(map(str, range(13)), SPELLED)).get(solution, solution)
-    forms = "|".join(re.escape(form) for form in (solution, spelled))
-    return bool(re.search(rf"(?<![\w.])({forms})(?!\w|\.\d)|answer (is|:)|=\s*-?\d", text))
 
 
 # -------------------------------------------------------------------------------- tutored teacher

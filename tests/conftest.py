@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import helpers
+
 import ptdpo
 from toy_tasks.counting import Counting
 

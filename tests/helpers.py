@@ -28,7 +28,7 @@ def config(**changes):
 
 
 def make_rollout(policy, ref, task, config, solved=None, problems=None, key=("test", 0)):
-    """Everything of a step that comes before its update; solved [N] replaces the task's verdicts."""
+    """All of a step that comes before its update; solved [N] replaces the task's verdicts."""
     problems = problems or [task.problem("train", 0, i) for i in range(config.prompts)]
     rollout = ptdpo.answer(policy, task, problems, config.group, config.temperature, key)
     if solved is not None:

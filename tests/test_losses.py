@@ -2,14 +2,15 @@
 
 import math
 import statistics
+from itertools import pairwise
 
 import pytest
 import torch
+from helpers import plain_jsd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ptdpo
-from helpers import plain_jsd
 from ptdpo import entropy, group_advantages, kl_to_ref, policy_loss, token_stats, topk_jsd
 
 D = torch.float64
@@ -170,7 +171,7 @@ def test_policy_loss_and_kl_survive_huge_log_ratios(gap):
 
 # --------------------------------------------------------------------------------------------- KL
 def test_kl_value_by_hand():
-    """k3 at ratio 1: log pi = log 0.5, log ref = log 0.25 gives 0.5 - log 0.5 - 1; equal gives 0."""
+    """k3 at ratio 1: pi = 0.5 and ref = 0.25 give 0.5 - log 0.5 - 1; equal ones 0."""
     logp = torch.tensor([math.log(0.5)], dtype=D)
     value = kl_to_ref(logp, logp, logp - math.log(2))
     assert value.item() == pytest.approx(0.5 + math.log(2) - 1, abs=1e-15)
@@ -246,7 +247,7 @@ def test_jsd_grows_with_k_up_to_the_exact_one(seed, scale, eps):
     values = [topk_jsd(s, t, k).item() for k in (1, 2, 5, 10, 20, 29, 30, 31, 1000)]
     m = (s.softmax(-1) + t.softmax(-1)).log() - math.log(2)
     exact = sum(torch.nn.functional.kl_div(m, z.softmax(-1), reduction="sum") for z in (s, t)) / 2
-    assert all(a <= b + 1e-14 for a, b in zip(values, values[1:]))
+    assert all(a <= b + 1e-14 for a, b in pairwise(values))
     assert values[-3:] == pytest.approx([exact.item()] * 3, abs=1e-13)
     assert max(values) <= exact + 1e-13
 

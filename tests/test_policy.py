@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers import plain_forward, shaken
 
 import ptdpo
-from helpers import plain_forward, shaken
 from tiny_vlm import Block
 from toy_tasks.counting import CELLS, WORDS
 

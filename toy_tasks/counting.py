@@ -75,7 +75,7 @@ class Counting:
 
     def __init__(self, difficulty=1.0):
         self.matches = (3, min(8, 3 + round(5 * difficulty)))
-        self.others = (round(8 * difficulty), min(17, round(12 * difficulty)))
+        self.others = tuple(min(17, round(n * difficulty)) for n in (8, 12))
         self.noise = min(0.6, 0.25 * difficulty)
 
     def new_policy(self, seed):
@@ -106,8 +106,9 @@ class Counting:
 
     def grade(self, problem, text, finished):
         """Solved if it ended, and in the right number; points are measured, never rewarded."""
-        *points, total, number = ["", "", *text.split()]
-        named = [CELLS.index(w) for w in points if w in CELLS]
+        words = text.split()
+        total, number = ["", "", *words][-2:]
+        named = [CELLS.index(w) for w in words if w in CELLS]
         solved = finished and total == "total" and number == problem.answer
         return Grade(float(solved), solved, named)
 
