@@ -46,6 +46,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 from toy_tasks import Problem
@@ -89,6 +90,7 @@ class Config:
     distill_decay: bool = knob(False, "let lambda fall linearly to 0 over the run")
     distill_on: str = knob("failed", "answers to distil on", "failed", "all")
     tau: float = knob(1.0, "tutor groups whose solved share is below this", least=0)
+    divergence: str = knob("jsd", "distance to the teacher", "jsd", "forward_kl", "reverse_kl")
     top_k: int = knob(10, "K, words of each side that the JSD sees one by one", least=1)
     hint: str = knob("attention", "what picks the regions (answer: spoils, on purpose)",
                      "attention", "votes", "oracle", "random", "answer", "none")  # fmt: skip
@@ -111,6 +113,7 @@ class Policy(Protocol):
     """All that the algorithm asks of a model. Pixels, padding, positions, caches stay behind it."""
 
     stop_ids: list[int]  # tokens that end an answer
+    suppress_ids: list[int]  # tokens that no answer may hold, such as those for pictures
     num_layers: int
     head_weight: torch.Tensor  # [V, H]
 
@@ -231,7 +234,8 @@ def read_reference(ref, rollout, config, layers):
     for part in rollout.parts(config.micro_batch):  # its tensors are views of the rollout's
         hidden, attention = ref.forward(part.prompts, part.completion, part.mask, layers)
         tokens = (hidden[part.mask], ref.head_weight, part.completion[part.mask])
-        part.logp_ref[part.mask] = token_stats(*tokens, temperature=config.temperature)[0]
+        over = {"temperature": config.temperature, "suppress_ids": ref.suppress_ids}
+        part.logp_ref[part.mask] = token_stats(*tokens, **over)[0]
         looks += [attention.unflatten(1, (len(part.problems), -1)).mean(2)] if layers else []
     if layers:
         by_layer = torch.cat(looks, 1)
@@ -348,26 +352,47 @@ def kl_to_ref(logp, logp_old, logp_ref):
     return (logp - logp_old).clamp(-20, 20).exp() * (d.exp() - d - 1)
 
 
-def js_buckets(p, q):
-    """Jensen-Shannon term of each bucket, and its slope in p, log(p/m) / 2 with m = (p + q) / 2.
+# A divergence on buckets takes their masses p (student) and q (teacher) and gives its summand in
+# each, never negative, and its slope, the derivative of the sum by the bucket's p.
+TINY = 1e-30  # far below any mass that counts
 
-    With x = (p - q) / (p + q), p is m (1 + x) and q is m (1 - x): no term is negative and nothing
-    cancels where p is near q. Detaching p but not m, as the authors' code does, has gradient 0.
+
+def js_buckets(p, q):
+    """Jensen-Shannon: (p log(p/m) + q log(q/m)) / 2 with m = (p + q) / 2; slope log(p/m) / 2.
+
+    With x = (p - q) / (p + q), p is m (1 + x) and q is m (1 - x): nothing cancels where p is near
+    q. Detaching p but not m, as the authors' code does, makes the gradient exactly 0.
     """
-    x = (p - q) / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
+    x = (p - q) / (p + q).clamp_min(TINY)
     near = x**2 / 2 + x**4 / 12 + x**6 / 30
     far = (torch.special.xlog1py(1 + x, x) + torch.special.xlog1py(1 - x, -x)) / 2
     value = (p + q) / 2 * torch.where(x.abs() < 0.01, near, far)
-    return value, torch.log1p(x.clamp_min(torch.finfo(p.dtype).eps - 1)) / 2
+    return value, torch.log1p(x.clamp_min(torch.finfo(x.dtype).eps - 1)) / 2
 
 
-def topk_jsd(student_logits, teacher_logits, k):
+def forward_kl_buckets(p, q):
+    """KL(q || p), teacher to student; p - q is added, which sums to 0 and keeps each term >= 0."""
+    ratio = q.clamp_min(TINY) / p.clamp_min(TINY)
+    return q * ratio.log() - q + p, 1 - ratio
+
+
+def reverse_kl_buckets(p, q):
+    """KL(p || q), student to teacher."""
+    log_ratio = (p.clamp_min(TINY) / q.clamp_min(TINY)).log()
+    return p * log_ratio - p + q, log_ratio
+
+
+DIVERGENCES = dict(jsd=js_buckets, forward_kl=forward_kl_buckets, reverse_kl=reverse_kl_buckets)
+
+
+def topk_jsd(student_logits, teacher_logits, k, divergence="jsd"):
     """JSD of two next-word distributions: the Top-K of both one by one, the rest in one bucket.
 
     JSD(p || q) = KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (paper, section 3.3). Logits
     [..., V] -> [...] in nats, 0 to ln 2, never above the exact JSD, exact at k >= V. The teacher's
     Top-K belongs to the support: a word that the hint makes likely may be one that the student
-    ranks low. The gradient goes to the student alone.
+    ranks low. The gradient goes to the student alone. This is the definition, for reading and for
+    tests; training calls token_stats.
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     p, q = student_logits.to(wide).softmax(-1), teacher_logits.detach().to(wide).softmax(-1)
@@ -375,7 +400,7 @@ def topk_jsd(student_logits, teacher_logits, k):
     seen = torch.zeros_like(p, dtype=torch.bool)
     seen = seen.scatter(-1, p.topk(k).indices, True).scatter(-1, q.topk(k).indices, True)
     p, q = (torch.cat([x * seen, (x * ~seen).sum(-1, keepdim=True)], -1) for x in (p, q))
-    value, slope = js_buckets(p.detach(), q)
+    value, slope = DIVERGENCES[divergence](p.detach(), q)
     return (value + slope * (p - p.detach())).sum(-1)  # adds 0 to the value: the gradient is slope
 
 
@@ -385,19 +410,113 @@ def entropy(logits):
     return -torch.special.xlogy(p, p).sum(-1)
 
 
-def token_stats(hidden, weight, targets, teacher=None, teacher_weight=None, k=10, temperature=1.0):
-    """What the losses need of each token: log-prob of its target, entropy, JSD; three [N].
+def token_stats(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, k=10,
+                temperature=1.0, chunk=256, suppress_ids=(), divergence="jsd"):  # fmt: skip
+    """Log-prob of targets, entropy, Top-K divergence of softmax(hidden @ weight.T / temperature).
 
-    hidden [N, H], weight [V, H], targets [N]; teacher [F, H] of the first F tokens: the others
-    have no teacher and JSD 0.
+    hidden [N, H], weight [V, H], targets [N] -> three [N], float32 or wider. teacher_hidden [F, H]
+    is of the first F tokens; the others get 0, and cost no work of the teacher's. suppress_ids
+    have mass 0 on both sides. Gradients of log-prob and divergence reach hidden and weight.
+
+    The same as topk_jsd and entropy, without [N, V]: two buffers [chunk, V], and five products of
+    [N, H] and [H, V]. The gradient
+        d/dz_v = p_v (g_jsd (slope_c - sum_b p_b slope_b) - g_logp) + [v = target] g_logp
+    with c the bucket of v is softmax times one scalar a token, but for the ids in the union.
     """
-    logits = hidden @ weight.T / temperature
-    logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    jsd = torch.zeros_like(logp)
-    if teacher is not None:
-        t = teacher @ teacher_weight.T / temperature
-        jsd = torch.cat([topk_jsd(logits[: len(t)], t, k), jsd[len(t) :]])
-    return logp, entropy(logits.detach()), jsd
+    suppress = torch.tensor(list(suppress_ids), dtype=torch.long, device=hidden.device)
+    teacher, pair = (teacher_hidden, teacher_weight), DIVERGENCES[divergence]
+    return TokenStats.apply(
+        hidden, weight, targets, *teacher, k, temperature, chunk, suppress, pair
+    )
+
+
+class TokenStats(torch.autograd.Function):
+    """token_stats for autograd: logits are made chunk by chunk, and once more in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, teacher, teacher_head, k, T, chunk, suppress, pair):
+        """Values, and what backward needs of them: log-sum-exp, union and slopes of each token."""
+        N, V, taught = len(hidden), len(weight), 0 if teacher is None else len(teacher)
+        k = min(k, V) if taught else 0
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logp, entropy, jsd, lse = (hidden.new_zeros(N, dtype=wide) for _ in range(4))
+        union = targets.new_zeros(N, 2 * k, dtype=torch.int32)  # sorted, with repeats
+        slopes = hidden.new_zeros(N, 2 * k + 1, dtype=wide)  # of each bucket, less their mean
+        buffers = hidden.new_empty(2, min(chunk, N), V, dtype=wide)
+        cuts = [*range(0, taught, chunk), *range(taught, N, chunk), N]  # no chunk has both kinds
+        for a, b in pairwise(cuts):
+            z, t = buffers[:, : b - a]
+            logits_(z, hidden[a:b], weight, T, suppress)
+            if a < taught:
+                logits_(t, teacher[a:b], teacher_head, T, suppress)
+                union[a:b] = torch.cat([z.topk(k)[1], t.topk(k)[1]], 1).sort(1)[0]
+            ids = union[a:b].long()
+            once = torch.ones_like(slopes[a:b], dtype=torch.bool)  # [c, 2K + 1], last: the rest
+            once[:, 1:-1] = ids[:, 1:] != ids[:, :-1]
+            target = z.gather(1, targets[a:b, None])[:, 0].double()
+            q = masses_(t, ids, once, out=t)[0] if a < taught else None
+            p, norm, entropy[a:b] = masses_(z, ids, once, out=t)
+            logp[a:b], lse[a:b] = target - norm, norm
+            if a < taught:
+                value, slope = pair(p, q)
+                jsd[a:b] = (value * once).sum(1)
+                slopes[a:b] = slope - (p * slope * once).sum(1, keepdim=True)
+        ctx.save_for_backward(hidden, weight, targets, lse, union, slopes)
+        ctx.constants = T, min(chunk, N), suppress, cuts
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy, jsd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logp, _, g_jsd):
+        """The gradient of the docstring of token_stats, then two products."""
+        hidden, weight, targets, lse, union, slopes = ctx.saved_tensors
+        T, chunk, suppress, cuts = ctx.constants
+        dh = torch.empty_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
+        buffer = lse.new_empty(chunk, len(weight))
+        for a, b in pairwise(cuts):
+            z = logits_(buffer[: b - a], hidden[a:b], weight, T, suppress)
+            p, ids = z.sub_(lse[a:b, None]).exp_(), union[a:b].long()
+            scale = g_jsd[a:b, None] * slopes[a:b] - g_logp[a:b, None]  # [c, 2K + 1]
+            head = p.gather(1, ids) * scale[:, :-1]
+            grad = p.mul_(scale[:, -1:]).scatter_(1, ids, head)  # adding to it would round
+            grad.scatter_add_(1, targets[a:b, None], g_logp[a:b, None]).index_fill_(1, suppress, 0)
+            if dh is not None:
+                matmul_(dh[a:b], grad, weight, beta=0, alpha=1 / T)
+            if dw is not None:
+                matmul_(dw, grad.T, hidden[a:b], beta=1, alpha=1 / T)
+        return dh, dw, *[None] * 8
+
+
+def matmul_(out, a, b, **scale):
+    """out = beta out + alpha a @ b in out's precision: logits rounded to bf16 shift the JSD."""
+    if out.is_cuda and b.dtype != out.dtype:
+        return torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, out=out, **scale)
+    return out.addmm_(a.to(out.dtype), b.to(out.dtype), **scale)
+
+
+def logits_(out, hidden, weight, T, suppress):
+    """Logits into out; those of suppressed ids so low that exp gives 0, as for -inf, and no NaN."""
+    matmul_(out, hidden, weight.T, beta=0, alpha=1 / T)
+    return out.index_fill_(1, suppress, -1e30)
+
+
+def masses_(z, ids, once, out):
+    """Masses of ids and of the rest, log-sum-exp, entropy of logits z [c, V], which are used up.
+
+    The rest is a sum of its own, as 1 - sum(head) has no right digit below 1e-7, and of blocks in
+    float64, as the 6e-8 that a float32 sum is off by would show in a JSD of 1e-8.
+    """
+    top, cut = z.amax(1, keepdim=True), z.shape[1] // 1024 * 1024
+    head = (z.gather(1, ids).double() - top).exp()
+    e = torch.exp(z.sub_(top), out=out)
+    mean = 0 if out is z else z.mul_(e).sum(1, keepdim=True)  # of the teacher: not asked for
+    blocks = e.scatter_(1, ids, 0)[:, :cut].reshape(len(e), cut // 1024, 1024).sum(2).double()
+    rest = blocks.sum(1, keepdim=True) + e[:, cut:].sum(1, keepdim=True)
+    total = rest + (head * once[:, :-1]).sum(1, keepdim=True)
+    norm, entropy = top + total.log(), total.log() - mean / total
+    return torch.cat([head, rest], 1) / total, norm[:, 0], entropy[:, 0]
 
 
 def weigh_tokens(rollout, config, distill_weight):
@@ -430,7 +549,9 @@ def total_loss(policy, ref, part, config):
     order = torch.cat([m.flatten().nonzero()[:, 0] for m in (taught, part.mask & ~taught)])
     teacher = None if part.teacher is None else part.teacher[taught]
     student = (hidden.flatten(0, 1)[order], policy.head_weight, part.completion.flatten()[order])
-    stats = token_stats(*student, teacher, ref.head_weight, config.top_k, config.temperature)
+    over = {"temperature": config.temperature, "suppress_ids": policy.suppress_ids}
+    over |= {"k": config.top_k, "divergence": config.divergence}
+    stats = token_stats(*student, teacher, ref.head_weight, **over)
     empty = torch.zeros(part.mask.numel(), device=hidden.device)
     logp, ent, jsd = (empty.index_copy(0, order, s).view_as(part.mask) for s in stats)
     logp_old = logp.detach() if part.logp_old is None else part.logp_old

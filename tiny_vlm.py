@@ -64,7 +64,7 @@ class Block(nn.Module):
 class TinyVLM(nn.Module):
     """The toy `Policy`. words[0] ends an answer; cells are the words that name the patches."""
 
-    stop_ids = (0,)
+    stop_ids, suppress_ids = (0,), ()
 
     def __init__(self, words, cells, side, width=96, heads=4, encoder=1, decoder=3, longest=64):
         super().__init__()
