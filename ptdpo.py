@@ -735,15 +735,20 @@ def train(policy, task, config, folder, resume=False):
             raise SystemExit(128 + STOP[0])
 
 
+def provenance():
+    """Which code ran: commit, if it is a checkout, and versions."""
+    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"commit": git.stdout.strip() or None, "versions": versions}
+
+
 def start_run(folder, policy, _, task, config, held_out):
     """Begin a run: choose layers to read, measure the base, write run.json -> state of step 0."""
     by_layer = calibrate(policy, task, config)
     best = sorted(range(len(by_layer)), key=lambda i: -by_layer[i])
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    state = {"step": 0, "config": asdict(config), "monitor": asdict(Monitor())}
-    state |= {"layers": best[: config.hint_layers], "layer_recall": by_layer, "versions": versions}
-    state |= {"base": evaluate(policy, task, held_out), "commit": git.stdout.strip() or None}
+    state = {"step": 0, "config": asdict(config), "monitor": asdict(Monitor()), **provenance()}
+    state |= {"layers": best[: config.hint_layers], "layer_recall": by_layer}
+    state |= {"base": evaluate(policy, task, held_out)}
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl", "checkpoint.safetensors"):
         (folder / name).unlink(missing_ok=True)
@@ -848,9 +853,11 @@ def parse(argv):
     todo.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run in DIR")
     todo.add_argument("--eval", metavar="CHECKPOINT", type=Path, help="measure it, on --eval-split")
     todo.add_argument("--warm-start", action="store_true", help="make and measure a base")
+    todo.add_argument("--reproduce", metavar="NAME", help="an experiment of the paper, or: all")
     todo.add_argument("--plot", metavar="DIR", type=Path, nargs="+", help="redraw DIR/curves.png")
     todo.add_argument("--help-metrics", action="store_true", help="what each number means")
     parser.add_argument("--out", metavar="DIR", type=Path, help="a new run (default runs/toy)")
+    parser.add_argument("--seeds", type=int, help="seeds of --reproduce, from 200 on (default 10)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     for f in fields(Config):
         flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default {f.default})"
@@ -962,8 +969,11 @@ def command(argv):
     if "help_metrics" in given:
         print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
     elif "plot" in given:
-        folders = [run for folder in given["plot"] for run in runs_in(folder)]
-        reproduce.plot_curves(folders, given["plot"][0] / "curves.png")
+        reproduce.plot(given["plot"])
+    elif "reproduce" in given:
+        common = {f.name: given[f.name] for f in fields(Config) if f.name in given}
+        place = given.get("out", Path("runs/reproduce"))
+        reproduce.reproduce(given["reproduce"], given.get("seeds", 10), place, common)
     elif "eval" in given:
         reproduce.evaluate_checkpoint(given["eval"], given.get("eval_split"))
     elif "warm_start" in given:

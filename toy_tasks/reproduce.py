@@ -9,8 +9,10 @@ import json
 import math
 import multiprocessing
 import os
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -40,6 +42,14 @@ def plot_curves(folders, path):
         axis.set(title=name, xlabel="step")
         axis.legend()
     figure.savefig(path, dpi=80)
+
+
+def plot(folders):
+    """--plot: runs together in one picture, or the figure of a summary again."""
+    if (folders[0] / "summary.json").exists():
+        return [draw_summary(folder / "summary.json") for folder in folders]
+    runs = [run for folder in folders for run in ptdpo.runs_in(folder)]
+    plot_curves(runs, folders[0] / "curves.png")
 
 
 def plot_tutoring(folder, task, path):
@@ -176,44 +186,483 @@ def evaluate_checkpoint(path, split=None):
 
 
 # ------------------------------------------------------------------------------------ experiments
-ARMS = {  # what an arm changes in the defaults
+# GRPO has the best of three learning rates at each length, chosen on seeds 0-4, validation scenes.
+ARMS = {  # what a run changes in the defaults; a name stands for the same runs in every experiment
     "grpo": {"method": "grpo"},
     "ptdpo": {},
+    "answer": {"hint": "answer"},
+    "distil_only": {"policy_weight": 0.0},
     "random": {"hint": "random"},
     "votes": {"hint": "votes"},
+    "grpo_kl_untutored": {"method": "grpo", "kl_on": "untutored"},
+    "ptdpo_kl_untutored": {"kl_on": "untutored"},
+    "grpo_long": {"method": "grpo", "steps": 180, "lr": 1e-4},
+    "ptdpo_long": {"steps": 180},
+    "where": {"hint_parts": "where"},
+    "steps": {"hint_parts": "steps"},
+    "oracle": {"hint": "oracle"},
+    "none": {"hint": "none"},
+    "tau_0.2": {"tau": 0.2},
+    "tau_0.4": {"tau": 0.4},
+    "on_all": {"distill_on": "all"},
+    "exact_jsd": {"top_k": 64},
+    "forward_kl": {"divergence": "forward_kl"},
+    "reverse_kl": {"divergence": "reverse_kl"},
+    "k_1": {"top_k": 1},
+    "k_2": {"top_k": 2},
+    "k_5": {"top_k": 5},
+    "zero_gradient": {"control": "zero_gradient"},
+    "student_support_k_2": {"control": "student_support", "top_k": 2},
 }
-EXPERIMENTS = {"main": ("grpo", "ptdpo", "random", "votes")}
+for form in ("grpo", "dapo", "gspo"):
+    twice = {"algorithm": form, "updates_per_batch": 2}
+    ARMS |= {f"{form}_twice": twice | {"method": "grpo"}, f"{form}_twice_tutored": twice}
+for base in (1, 2):
+    place = {"base": f"toy_tasks/base-{base}.safetensors"}
+    ARMS |= {f"grpo_base_{base}": place | {"method": "grpo"}, f"ptdpo_base_{base}": place}
+
+USUAL = ("accuracy", "point_f1", "right_reason", "entropy", "completion_length", "hint_recall")
+GROUPS = ("groups_all_failed", "groups_mixed", "groups_all_solved")
+
+
+@dataclass
+class Claim:
+    """What the paper saw, as a difference of two arms that should be above or below 0."""
+
+    paper: str
+    measure: str
+    arm: str
+    other: str
+    sign: int = 1
+
+
+@dataclass
+class Experiment:
+    """Arms to train, panels of the figure, claims to judge."""
+
+    arms: str
+    claims: list
+    panels: tuple = USUAL
+    seeds: int = 10
+
+
+EXPERIMENTS = {
+    "main": Experiment(
+        "grpo ptdpo answer distil_only random votes grpo_kl_untutored ptdpo_kl_untutored",
+        [
+            Claim("PTD-PO over GRPO: 2B 50.6, 61.2; 4B 68.1, 71.2", "accuracy", "ptdpo", "grpo"),
+            Claim("the same over the whole run", "area", "ptdpo", "grpo"),
+            Claim("ours: it points better", "point_f1", "ptdpo", "grpo"),
+            Claim("ours: it is right for the right reason", "right_reason", "ptdpo", "grpo"),
+            Claim("over answer-conditioned HDPO: 4B 71.2, 68.3", "accuracy", "ptdpo", "answer"),
+            Claim("shortcut: conditioned on the answer, outputs get shorter", "completion_length",
+                  "answer", "ptdpo", -1),
+            Claim("tutoring and reward over self-distillation alone", "accuracy", "ptdpo",
+                  "distil_only"),
+            Claim("hints must be about the picture at hand", "area", "ptdpo", "random"),
+            Claim("ours: attention is more than an echo of the answers", "area", "ptdpo", "votes"),
+            Claim("ours: recall of attention over votes", "hint_recall", "ptdpo", "votes"),
+            Claim("ours: recall of attention over random", "hint_recall", "ptdpo", "random"),
+            Claim("authors' code: no KL on tutored groups", "accuracy", "ptdpo_kl_untutored",
+                  "ptdpo"),
+            Claim("ours: GRPO with that very KL", "accuracy", "ptdpo_kl_untutored",
+                  "grpo_kl_untutored"),
+        ],
+    ),
+    "long": Experiment(
+        "grpo_long ptdpo_long",
+        [
+            Claim("three times the steps", "accuracy", "ptdpo_long", "grpo_long"),
+            Claim("the same over the whole run", "area", "ptdpo_long", "grpo_long"),
+            Claim("ours: steps to GRPO's last accuracy", "to_grpo", "ptdpo_long", "grpo_long", -1),
+            Claim("entropy stays higher", "entropy", "ptdpo_long", "grpo_long"),
+            Claim("entropy where GRPO's last accuracy is reached", "entropy_at_grpo",
+                  "ptdpo_long", "grpo_long"),
+        ],
+    ),
+    "bases": Experiment(
+        "grpo_base_1 ptdpo_base_1 grpo_base_2 ptdpo_base_2",
+        [
+            Claim(f"base {b}", measure, f"ptdpo_base_{b}", f"grpo_base_{b}")
+            for b in (1, 2)
+            for measure in ("accuracy", "area", "point_f1")
+        ],
+        seeds=5,
+    ),
+    "entropy": Experiment(
+        "grpo ptdpo answer",
+        [
+            Claim("entropy of PTD-PO stays above GRPO's", "entropy", "ptdpo", "grpo"),
+            Claim("conditioned on the answer, entropy collapses", "entropy", "answer", "ptdpo", -1),
+            Claim("entropy of failed answers", "entropy_failed", "ptdpo", "grpo"),
+            Claim("fewer groups fail as a whole", "groups_all_failed", "ptdpo", "grpo", -1),
+        ],
+        ("entropy", "entropy_failed", "entropy_solved", *GROUPS),
+    ),
+    "hints": Experiment(
+        "ptdpo where steps random votes oracle none",
+        [
+            Claim("without structured hints the gain is lost: 8B +3.6 % to -0.9 %", "accuracy",
+                  "ptdpo", "none"),
+            Claim("steps alone", "accuracy", "ptdpo", "steps"),
+            Claim("where to look alone", "accuracy", "ptdpo", "where"),
+            Claim("ours: the true cells as the limit", "area", "oracle", "ptdpo"),
+        ],
+    ),
+    "threshold": Experiment(
+        "ptdpo tau_0.2 tau_0.4 on_all",
+        [
+            Claim("tau 1.0 over 0.2", "area", "ptdpo", "tau_0.2"),
+            Claim("tau 1.0 over 0.4", "area", "ptdpo", "tau_0.4"),
+            Claim("distilling on all answers gains less: 8B +1.3 %", "area", "ptdpo", "on_all"),
+        ],
+        (*USUAL[:4], *GROUPS[:2]),
+    ),
+    "divergence": Experiment(
+        "grpo ptdpo exact_jsd forward_kl reverse_kl k_1 k_2 k_5 zero_gradient student_support_k_2",
+        [
+            Claim("released default: gradient 0, no better than GRPO", "area", "ptdpo",
+                  "zero_gradient"),
+            Claim("union support over the student's alone, K = 2", "area", "k_2",
+                  "student_support_k_2"),
+            Claim("K = 10 over K = 1", "area", "ptdpo", "k_1"),
+            Claim("exact JSD over K = 10", "area", "exact_jsd", "ptdpo"),
+            Claim("JSD over forward KL", "area", "ptdpo", "forward_kl"),
+            Claim("JSD over reverse KL", "area", "ptdpo", "reverse_kl"),
+        ],
+    ),
+    "optimisers": Experiment(
+        "grpo_twice grpo_twice_tutored dapo_twice dapo_twice_tutored gspo_twice gspo_twice_tutored",
+        [
+            Claim(f"tutoring helps {form}: {gain}", "accuracy", f"{form}_twice_tutored",
+                  f"{form}_twice")
+            for form, gain in zip(("grpo", "dapo", "gspo"), ("+5.1 %", "+3.0 %", "+1.9 %"))
+        ],
+    ),
+}  # fmt: skip
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees of freedom
+
+
+def zero_gradient(p, q):
+    """Control: the value of the JSD and, as in the released default, no gradient."""
+    return ptdpo.js_buckets(p, q)[0], torch.zeros_like(p)
+
+
+def student_support(hidden, weight, targets, teacher=None, head=None, k=10, temperature=1.0, **_):
+    """Control: token_stats with the released support, re-expressed. Only the student's Top-K is
+    seen; a teacher's mass outside of the teacher's own Top-K is spread evenly over the rest."""
+    logp = (hidden @ weight.T / temperature).log_softmax(-1)
+    jsd = logp.new_zeros(len(logp))
+    if teacher is not None:
+        p, q = logp[: len(teacher)].exp(), (teacher @ head.T / temperature).softmax(-1)
+        kept = torch.zeros_like(q).scatter(-1, q.topk(k).indices, 1.0)
+        rest = (q * (1 - kept)).sum(-1, keepdim=True) / (q.shape[-1] - k)
+        q, ids = torch.where(kept > 0, q, rest), p.topk(k).indices
+        p, q = (
+            torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1)
+            for x in (p.gather(1, ids), q.gather(1, ids))
+        )
+        value, slope = ptdpo.js_buckets(p.detach(), q)
+        jsd = torch.cat([(value + slope * (p - p.detach())).sum(-1), jsd[len(teacher) :]])
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach(), jsd
 
 
 def interval(values):
     """Mean and half-width of its 95 % t-interval."""
     n, mean = len(values), sum(values) / len(values)
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
-    return mean, spread * T95[n - 2] if n > 1 else math.inf
+    return mean, spread * (T95[n - 2] if n <= 10 else 1.96) if n > 1 else math.inf
 
 
 def one_run(arm, seed, folder, common):
-    """Train an arm on a seed, unless that has been done."""
-    config = ptdpo.make_config(common | ARMS[arm] | {"seed": seed})
-    done = folder / "metrics.jsonl"
-    if not done.exists() or len(read_rows(done)) < config.steps:
+    """Train an arm on a seed, go on with it, or leave it if it is done."""
+    changes = dict(ARMS[arm])
+    control = changes.pop("control", None)
+    config = ptdpo.make_config({"eval_split": "test"} | common | changes | {"seed": seed})
+    if control == "zero_gradient":
+        config.divergence = control
+    ptdpo.DIVERGENCES["zero_gradient"] = zero_gradient
+    plain, path = ptdpo.token_stats, folder / "run.json"
+    if path.exists() and json.loads(path.read_text())["config"] != asdict(config):
+        path.unlink()
+    started = path.exists() and (folder / "checkpoint.safetensors").exists()
+    if not started or len(read_rows(folder / "metrics.jsonl")) < config.steps:
+        ptdpo.token_stats = student_support if control == "student_support" else plain
         with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-            ptdpo.train(*ptdpo.toy(config), config, folder)
-    return arm
+            ptdpo.train(*ptdpo.toy(config), config, folder, resume=started)
+        ptdpo.token_stats = plain
+
+
+def train_arms(arms, seeds, out, common):
+    """Every arm on every seed, two processes at a time; what is done is not done again."""
+    jobs = [(a, s, out / "runs" / a / str(s), common) for s in seeds for a in arms]
+    os.environ["TQDM_DISABLE"] = "1"
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(one_run, *job) for job in jobs]
+        for done in tqdm(as_completed(waiting), "runs", len(jobs), disable=False):
+            done.result()
+    read = {
+        a: [read_rows(out / "runs" / a / str(s) / "metrics.jsonl") for s in seeds] for a in arms
+    }
+    return {a: [[{"step": 0}, *rows] for rows in runs] for a, runs in read.items()}
+
+
+def measure_run(rows, rival):
+    """Numbers of one run; rival: GRPO from the same seed, for what is relative to it."""
+    scored = [r for r in rows if r.get("accuracy") is not None]
+    found = {n: rows[-1][n] for n in (*USUAL[:-1], "entropy_failed", *GROUPS)}
+    recalls = [r["hint_recall"] for r in rows[1:] if r["hint_recall"] is not None]
+    found["hint_recall"] = sum(recalls) / len(recalls) if recalls else None
+    found["area"] = sum(r["accuracy"] for r in scored) / len(scored)
+    goal = rival[-1]["accuracy"]
+    found["to_grpo"] = steps_to(scored, goal) or rows[-1]["step"]
+    there = [r["entropy"] for r in scored if r["accuracy"] >= goal]
+    found["entropy_at_grpo"] = there[0] if there else None
+    return found
+
+
+def judge_claim(claim, found):
+    """Paired difference over the seeds; a verdict only where the 95 % interval excludes 0."""
+    pairs = zip(found[claim.arm], found[claim.other])
+    both = [(a[claim.measure], b[claim.measure]) for a, b in pairs]
+    both = [(a, b) for a, b in both if a is not None and b is not None]
+    if len(both) < 2:
+        return asdict(claim) | {"verdict": "no value", "seeds": len(both)}
+    mean, half = interval([a - b for a, b in both])
+    sure = abs(mean) > half
+    verdict = "agrees" if sure and mean * claim.sign > 0 else "differs" if sure else "not resolved"
+    means = {"arm_mean": sum(a for a, _ in both) / len(both)}
+    means |= {"other_mean": sum(b for _, b in both) / len(both)}
+    numbers = {"difference": mean, "half_width": half, "seeds": len(both), "verdict": verdict}
+    return asdict(claim) | means | numbers
+
+
+def curves_of(runs, name):
+    """Mean and 95 % half-width over seeds of one metric, at the steps where all have it."""
+    points = []
+    for rows in zip(*runs):
+        values = [r[name] for r in rows if r.get(name) is not None]
+        if len(values) == len(rows):
+            points.append((rows[0]["step"], *interval(values)))
+    return points
+
+
+def summarise(name, seeds, out, common):
+    """Train what an experiment needs -> its summary."""
+    experiment = EXPERIMENTS[name]
+    seeds = list(seeds)[: experiment.seeds]
+    runs = train_arms(experiment.arms.split(), seeds, out, common)
+    rivals = {a: runs.get(a.replace("ptdpo", "grpo"), runs[a]) for a in runs}
+    found = {a: [measure_run(*pair) for pair in zip(runs[a], rivals[a])] for a in runs}
+    return {
+        "name": name,
+        "seeds": seeds,
+        "arms": {a: {"settings": ARMS[a], "by_seed": found[a]} for a in runs},
+        "claims": [judge_claim(c, found) for c in experiment.claims],
+        "curves": {p: {a: curves_of(runs[a], p) for a in runs} for p in experiment.panels},
+    }
+
+
+def draw_summary(path):
+    """Draw the figure of a summary.json beside it; nothing is trained."""
+    summary = json.loads(path.read_text())
+    if "bars" in summary:
+        return draw_bars(summary, path.with_name("figure.png"))
+    figure = Figure(figsize=(13, 6.8), layout="constrained")
+    for axis, (name, arms) in zip(figure.subplots(2, 3).flat, summary["curves"].items()):
+        for arm, points in arms.items():
+            if points:
+                step, mean, half = (list(column) for column in zip(*points))
+                (line,) = axis.plot(step, mean, label=arm)
+                low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+                axis.fill_between(step, low, high, color=line.get_color(), alpha=0.15)
+        axis.set(title=name, xlabel="step")
+    figure.axes[0].legend(fontsize=7)
+    figure.suptitle(f"{summary['name']}: mean and 95 % interval over {len(summary['seeds'])} seeds")
+    figure.savefig(path.with_name("figure.png"), dpi=80)
+
+
+def draw_bars(summary, path):
+    """One bar a row of the summary, with its 95 % interval."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axis, rows = figure.subplots(), summary["bars"]
+    places = range(len(rows))
+    axis.barh(places, [r["mean"] for r in rows], xerr=[r["half_width"] for r in rows])
+    axis.set_yticks(places, [r["label"] for r in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set(title=summary["title"], xlim=(0, None))
+    figure.savefig(path, dpi=80)
 
 
 def reproduce(name, seeds, out, common):
-    """Run an experiment: every arm on every seed, two processes at a time, resumable."""
-    arms = EXPERIMENTS[name]
-    jobs = [(a, s, out / "runs" / a / str(s), common) for s in seeds for a in arms]
-    context = multiprocessing.get_context("spawn")
-    os.environ["TQDM_DISABLE"] = "1"
-    with ProcessPoolExecutor(2, context) as pool:
-        waiting = [pool.submit(one_run, *job) for job in jobs]
-        for _ in tqdm(as_completed(waiting), name, len(jobs), disable=False):
-            pass
-        [w.result() for w in waiting]
+    """Run experiments by name, or all: DIR/NAME gets summary.json, figure.png and about.json."""
+    known = [*EXPERIMENTS, *MEASUREMENTS]
+    if name not in (*known, "all") or seeds < 1:
+        raise ptdpo.UserError(f"--reproduce {name}: all or one of {', '.join(known)}; --seeds >= 1")
+    names = known if name == "all" else [name]
+    for name in names:
+        began = time.time()
+        if name in EXPERIMENTS:
+            summary = summarise(name, range(200, 200 + seeds), out, common)
+        else:
+            summary = MEASUREMENTS[name](range(200, 200 + seeds), common)
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        about = ptdpo.provenance() | {"command": " ".join(["python", *sys.argv])}
+        about |= {"cores": os.cpu_count(), "minutes_of_this_call": (time.time() - began) / 60}
+        (folder / "about.json").write_text(json.dumps(about, indent=1))
+        draw_summary(folder / "summary.json")
+        print(f"{name}: {folder}/summary.json, figure.png")
+        print(claims_table(summary["claims"]))
+
+
+def claims_table(claims):
+    """Claims as lines of text."""
+    lines = []
+    for c in claims:
+        if c["verdict"] != "no value":
+            shown = f"{c['difference']:+.3f} +- {c['half_width']:.3f}"
+            pair = f"{c['measure']:17} {c['arm']} - {c['other']}"
+            lines.append(f"  {c['verdict']:12} {shown:18} {pair}: {c['paper']}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------- experiments that train no policy
+def recover(seeds, common, scenes=128):
+    """Share of all-failed pictures that the tutored base solves at least once in G samples."""
+    config = ptdpo.make_config(common)
+    policy, task = ptdpo.toy(config)
+    by_layer = ptdpo.calibrate(policy, task, config)
+    layers, shares = [by_layer.index(max(by_layer))], {}
+    arms = {"no hint, sampled again": {"hint": "none"}, "own attention": {}}
+    arms |= {f"own attention, {p} alone": {"hint_parts": p} for p in ("where", "steps")}
+    arms |= {source: {"hint": source} for source in ("votes", "random", "oracle", "answer")}
+    for seed in seeds:
+        problems = [task.problem("test", seed, i) for i in range(scenes)]
+        sampled = (config.group, config.temperature, ("recover", seed))
+        rollout = ptdpo.answer(policy, task, problems, *sampled)
+        ptdpo.read_reference(policy, rollout, config, layers)
+        failed = (rollout.solved_share == 0).nonzero()[:, 0].tolist()
+        for label, changes in arms.items():
+            hints = ptdpo.build_hints(policy, task, rollout, replace(config, **changes), sampled[2])
+            key = ("recover again", seed)
+            again = ptdpo.answer(
+                policy, task, [problems[b] for b in failed], config.group, config.temperature, key,
+                [hints[b].text for b in failed],
+            )  # fmt: skip
+            share = (again.solved_share > 0).float().mean().item()
+            shares.setdefault(label, []).append(share)
+    found = {label: [{"recovered": v} for v in values] for label, values in shares.items()}
+    claims = [
+        Claim("tutoring recovers all-failed prompts", "recovered", "own attention", other)
+        for other in arms
+        if other != "own attention"
+    ]
     return {
-        a: [read_rows(out / "runs" / a / str(s) / "metrics.jsonl") for s in seeds] for a in arms
+        "name": "recover",
+        "title": "share of all-failed pictures solved at least once in 8 samples",
+        "seeds": list(seeds),
+        "bars": bars(shares),
+        "by_seed": shares,
+        "claims": [judge_claim(c, found) for c in claims],
     }
+
+
+def bars(values):
+    """Label -> values, as rows with mean and 95 % half-width."""
+    rows = ((label, *interval(v)) for label, v in values.items())
+    return [{"label": label, "mean": mean, "half_width": half} for label, mean, half in rows]
+
+
+def guess_counts(texts, counts, words):
+    """Hits of a classifier that sees hints alone, and of the majority class, on the last fifth."""
+    ids = {w: i for i, w in enumerate(words)}
+    x = torch.zeros(len(texts), len(words))
+    for row, text in zip(x, texts):
+        row[[ids[w] for w in text.split()]] = 1
+    y, cut = torch.tensor(counts), len(texts) * 4 // 5
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(len(words), 64), torch.nn.ReLU(), torch.nn.Linear(64, 13)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
+    for _ in range(6):
+        for rows in torch.randperm(cut).split(128):
+            loss = torch.nn.functional.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    right = (model(x[cut:]).argmax(-1) == y[cut:]).float()
+    majority = (y[cut:] == y[:cut].mode().values).float()
+    return right, majority
+
+
+def leak(seeds, common, scenes=20_000):
+    """(a) Can the count be guessed from a hint? (b) Does a tutored answer follow the picture?"""
+    config = ptdpo.make_config(common)
+    policy, task = ptdpo.toy(config)
+    by_layer = ptdpo.calibrate(policy, task, config)
+    layers, sources = (
+        [by_layer.index(max(by_layer))],
+        ("attention", "votes", "oracle", "random", "answer"),
+    )
+    texts, counts, rows, claims = {s: [] for s in sources}, [], [], []
+    for first in tqdm(range(0, scenes, 50), "hints", disable=False):
+        problems = [task.problem("leak", seeds[0], first + i) for i in range(50)]
+        key = ("leak", first)
+        rollout = ptdpo.answer(policy, task, problems, config.group, config.temperature, key)
+        ptdpo.read_reference(policy, rollout, config, layers)
+        counts += [int(p.answer) for p in problems]
+        for source in sources:
+            hints = ptdpo.build_hints(policy, task, rollout, replace(config, hint=source), key)
+            texts[source] += [h.text for h in hints]
+    for source in sources:
+        right, majority = guess_counts(texts[source], counts, policy.words)
+        gap = right - majority
+        half = 1.96 * gap.std().item() / math.sqrt(len(gap))
+        mean, free = gap.mean().item(), source != "answer"
+        rows.append({"label": f"count guessed from hint: {source}", "mean": right.mean().item(),
+                     "half_width": 1.96 * right.std().item() / math.sqrt(len(gap))})  # fmt: skip
+        claims.append({
+            "paper": "no leak" if free else "the spoiler leaks, on purpose", "measure": "accuracy",
+            "arm": source, "other": "majority class", "difference": mean, "half_width": half,
+            "arm_mean": right.mean().item(), "other_mean": majority.mean().item(),
+            "seeds": len(gap), "verdict": "agrees" if (mean <= half) == free else "differs",
+        })  # fmt: skip
+    rows.append({"label": "majority class", "mean": majority.mean().item(), "half_width": 0})
+    for source in ("attention", "answer"):
+        rows += follow(policy, task, config, layers, source, seeds[0])
+    title = "leak: (a) counts guessed from hints, (b) tutored on a swapped picture"
+    return {"name": "leak", "title": title, "seeds": list(seeds), "bars": rows, "claims": claims}
+
+
+def follow(policy, task, config, layers, source, seed, scenes=512):
+    """A real hint, another scene's picture: whose count is answered, where the two differ?"""
+    problems = [task.problem("test", seed, i) for i in range(scenes)]
+    key = ("follow", seed)
+    rollout = ptdpo.answer(policy, task, problems, config.group, config.temperature, key)
+    ptdpo.read_reference(policy, rollout, config, layers)
+    hints = ptdpo.build_hints(policy, task, rollout, replace(config, hint=source), key)
+    swapped, shown, told = [], [], []
+    for p, other, hint in zip(problems, problems[1:] + problems[:1], hints):
+        asked = tuple(p.question.split()[2:4])
+        here = sum(other.objects.get(c) == asked for c in hint.regions)
+        if str(here) != p.answer:
+            swapped.append((replace(p, images=other.images), hint.text))
+            shown.append(str(here))
+            told.append(p.answer)
+    texts = ptdpo.answer(
+        policy, task, [p for p, _ in swapped], 1, 0.0, key, [t for _, t in swapped]
+    ).texts
+    said = [text.split()[-1:] for text in texts]
+    rows = []
+    for label, truth in (("in the picture shown", shown), ("of the hint's own scene", told)):
+        hits = [float(s == [t]) for s, t in zip(said, truth)]
+        mean = sum(hits) / len(hits)
+        half = 1.96 * math.sqrt(mean * (1 - mean) / len(hits))
+        rows.append({"label": f"{source}: counts {label}", "mean": mean, "half_width": half})
+    return rows
+
+
+MEASUREMENTS = {"recover": recover, "leak": leak}
