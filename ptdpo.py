@@ -853,6 +853,7 @@ def parse(argv):
     todo.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run in DIR")
     todo.add_argument("--eval", metavar="CHECKPOINT", type=Path, help="measure it, on --eval-split")
     todo.add_argument("--warm-start", action="store_true", help="make and measure a base")
+    todo.add_argument("--explain", metavar="DIR", type=Path, nargs="?", help="tell one step")
     todo.add_argument("--reproduce", metavar="NAME", help="an experiment of the paper, or: all")
     todo.add_argument("--plot", metavar="DIR", type=Path, nargs="+", help="redraw DIR/curves.png")
     todo.add_argument("--help-metrics", action="store_true", help="what each number means")
@@ -970,6 +971,8 @@ def command(argv):
         print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
     elif "plot" in given:
         reproduce.plot(given["plot"])
+    elif "explain" in given:
+        reproduce.explain(given["explain"])
     elif "reproduce" in given:
         common = {f.name: given[f.name] for f in fields(Config) if f.name in given}
         place = given.get("out", Path("runs/reproduce"))

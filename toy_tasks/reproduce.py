@@ -82,6 +82,85 @@ def plot_tutoring(folder, task, path):
     figure.savefig(path, dpi=80)
 
 
+@torch.no_grad()
+def one_step(folder=None):
+    """The next step of a run (or the first from the base), up to its update -> all that it made."""
+    config, state = ptdpo.Config(), {}
+    policy, task = ptdpo.toy(config)
+    if folder:
+        (folder,) = ptdpo.runs_in(folder)[-1:]
+        state = ptdpo.read_checkpoint(folder / "checkpoint.safetensors", policy)
+        config = ptdpo.make_config(state["config"])
+    ref, step = ptdpo.toy(config)[0].frozen_copy(), state.get("step", 0) + 1
+    by_layer = ptdpo.calibrate(ref, task, config)
+    key, first = (config.seed, step), step * config.prompts
+    problems = [task.problem("train", config.seed, first + b) for b in range(config.prompts)]
+    rollout = ptdpo.answer(policy, task, problems, config.group, config.temperature, key)
+    rollout.adv = ptdpo.group_advantages(rollout.reward, config.group)
+    ptdpo.read_reference(ref, rollout, config, [by_layer.index(max(by_layer))])
+    rollout.hints = ptdpo.build_hints(policy, task, rollout, config, key)
+    ptdpo.tutor(ref, rollout, config)
+    ptdpo.weigh_tokens(rollout, config, config.distill_weight)
+    tokens = ptdpo.total_loss(policy, ref, rollout, config)[1]
+    return config, policy, ref, rollout, tokens, step
+
+
+@torch.no_grad()
+def explain(folder=None):
+    """--explain: one training step told with its own numbers."""
+    config, policy, ref, rollout, tokens, step = one_step(folder)
+    G, failed = (
+        config.group,
+        rollout.distill & (rollout.solved_share > 0).repeat_interleave(config.group),
+    )
+    failed = failed if failed.any() else rollout.distill
+    if not failed.any():
+        return print(f"step {step}: nothing failed, nothing to tutor")
+    n = failed.nonzero()[0].item()
+    b = n // G
+    problem, hint, share = rollout.problems[b], rollout.hints[b], rollout.solved_share
+    print(
+        f"Step {step}, group {b} of {len(share)}: {(share == 0).sum()} groups failed as a whole, "
+        f"{((share > 0) & (share < 1)).sum()} are mixed.\n"
+    )
+    print(f"1. The question: {problem.question}   (true: {problem.answer})")
+    if hasattr(problem, "objects"):
+        side = policy.side
+        cells = [" ".join(problem.objects.get(c, ("-",))) for c in range(side * side)]
+        for row in range(side):
+            print("   " + "".join(f"{c:16}" for c in cells[row * side : row * side + side]))
+    print(f"\n2. {G} answers, their rewards, and advantages (reward - mean) / std of the group:")
+    for g in range(b * G, b * G + G):
+        mark = "  <- told below" if g == n else ""
+        print(f"   {rollout.reward[g]:3.1f}  {rollout.adv[g]:+.2f}   {rollout.texts[g]}{mark}")
+    found = ptdpo.recall(hint.regions, problem.targets)
+    print("\n3. Where the frozen base looked while it re-read them, and so the hint:")
+    print(f"   {hint.text}\n   recall of the true targets: {found}; the student never sees this")
+    print("\n4. The failed answer, token by token, as student and tutored teacher see it:")
+    print(f"   {'token':8}{'student':34}{'tutored teacher':34}{'JSD':>7}{'reward':>9}{'JSD':>8}")
+    print(f"   {'':8}{'':34}{'':34}{'':7}{'weight':>9}{'weight':>8}")
+    hidden, _ = policy.forward(rollout.prompts[b : b + 1], rollout.completion[b * G : b * G + G])
+    for t in range(int(rollout.mask[n].sum())):
+        p, q = favourites(policy, hidden[n % G, t]), favourites(ref, rollout.teacher[n, t])
+        pull = rollout.policy_weights[n, t] * rollout.adv[n]
+        token = policy.text([rollout.completion[n, t].item()])
+        print(
+            f"   {token:8}{p:34}{q:34}{tokens['jsd'][n, t]:7.3f}{pull:+9.4f}"
+            f"{rollout.jsd_weights[n, t]:8.4f}"
+        )
+    print(
+        "\n   reward weight: advantage times the token's share of the mean; below 0 the token becomes\n"
+        "   less likely, whatever was wrong with it. JSD weight: lambda times its share. Only the JSD\n"
+        "   says at which token the answer went wrong, and what should stand there."
+    )
+
+
+def favourites(policy, hidden, n=3):
+    """The n most likely next words from a hidden state [H], as text."""
+    top = (hidden @ policy.head_weight.T).softmax(-1).topk(n)
+    return "  ".join(f"{policy.text([i])} {v:.2f}" for v, i in zip(*map(torch.Tensor.tolist, top)))
+
+
 def summary(folders):
     """A table of runs, and how to read it."""
     runs = {f.name: read_rows(f / "metrics.jsonl") for f in folders}
