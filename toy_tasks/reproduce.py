@@ -148,11 +148,13 @@ def explain(folder=None):
             f"   {token:8}{p:34}{q:34}{tokens['jsd'][n, t]:7.3f}{pull:+9.4f}"
             f"{rollout.jsd_weights[n, t]:8.4f}"
         )
-    print(
-        "\n   reward weight: advantage times the token's share of the mean; below 0 the token becomes\n"
-        "   less likely, whatever was wrong with it. JSD weight: lambda times its share. Only the JSD\n"
-        "   says at which token the answer went wrong, and what should stand there."
-    )
+    print(HOW_TO_READ_A_STEP)
+
+
+HOW_TO_READ_A_STEP = """
+   reward weight: advantage times the token's share of the mean. Below 0 the token becomes less
+   likely, whatever was wrong with it. JSD weight: lambda times its share. Only the JSD says at
+   which token the answer went wrong, and what should stand there."""
 
 
 def favourites(policy, hidden, n=3):
