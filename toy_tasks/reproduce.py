@@ -63,22 +63,63 @@ def plot_tutoring(folder, task, path):
     picture, jsd = task.problem("train", seed, row["index"]).images[0], row["jsd"][g]
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
+    left.imshow(picture)
     left.set_title(f"{row['question']} {row['answer']}. Answered:\n{row['texts'][g]}", fontsize=9)
-    side, edge = math.isqrt(len(row["relevance"])), picture.width
-    for axis in (left, middle):
-        axis.imshow(picture)
-        axis.axis("off")
-    heat = torch.tensor(row["relevance"]).view(side, side)
-    middle.imshow(heat, extent=(0, edge, edge, 0), cmap="inferno", alpha=0.6)
-    for r in row["hint"]["regions"]:
-        corner = (r % side * edge / side, r // side * edge / side)
-        middle.add_patch(Rectangle(corner, edge / side, edge / side, fill=False, edgecolor="white"))
-    middle.set_title("where the model's own answers looked; white: hinted", fontsize=9)
+    left.axis("off")
+    show_attention(middle, picture, row["relevance"], row["hint"]["regions"])
     shades = [(1, 1 - min(1, v / math.log(2)), 0.3) for v in jsd]
     right.barh(range(len(jsd)), jsd, color=shades, edgecolor="grey")
     right.set_yticks(range(len(jsd)), row["tokens"][g])
     right.invert_yaxis()
     right.set_title("JSD of each token, student against tutored teacher", fontsize=9)
+    figure.savefig(path, dpi=80)
+
+
+def show_attention(axis, picture, relevance, regions):
+    """A picture under its relevance map [R], R a square grid, with the hinted regions framed."""
+    side, edge = math.isqrt(len(relevance)), picture.width
+    axis.imshow(picture)
+    heat = torch.as_tensor(relevance)[: side * side].view(side, side)
+    axis.imshow(heat, extent=(0, edge, edge, 0), cmap="inferno", alpha=0.6)
+    for r in regions:
+        corner = (r % side * edge / side, r // side * edge / side)
+        axis.add_patch(Rectangle(corner, edge / side, edge / side, fill=False, edgecolor="white"))
+    axis.set_title("where its own answers looked\nwhite: hinted to the teacher", fontsize=9)
+    axis.axis("off")
+
+
+@torch.no_grad()
+def draw_hero(curves, path):
+    """README's first picture: a failed answer, its hint, the teacher's opinion, the curves."""
+    config, policy, ref, rollout, tokens, _ = one_step()
+    n, G = rollout.distill.nonzero()[0].item(), config.group
+    b = n // G
+    problem = rollout.problems[b]
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    first, second, third, fourth = figure.subplots(1, 4, width_ratios=(1, 1, 1.1, 1.5))
+    first.imshow(problem.images[0])
+    first.set_title(f"{problem.question} {problem.answer}\nfailed: {rollout.texts[n]}", fontsize=9)
+    first.axis("off")
+    show_attention(second, problem.images[0], rollout.relevance[b], rollout.hints[b].regions)
+    apart = tokens["jsd"][n]
+    t = (apart >= apart.max().clamp_max(0.1)).nonzero()[0].item()  # where they first part
+    rows = slice(b * G, b * G + G)
+    hidden, _ = policy.forward(rollout.prompts[b : b + 1], rollout.completion[rows])
+    p = (hidden[n % G, t] @ policy.head_weight.T).softmax(-1)
+    q = (rollout.teacher[n, t] @ ref.head_weight.T).softmax(-1)
+    words = sorted({*p.topk(4).indices.tolist(), *q.topk(2).indices.tolist()}, key=lambda i: -p[i])
+    places = torch.arange(len(words))
+    third.barh(places - 0.2, p[words], 0.4, label="student")
+    third.barh(places + 0.2, q[words], 0.4, label="tutored teacher")
+    third.set_yticks(places, [policy.text([i]) for i in words])
+    third.invert_yaxis()
+    before = policy.text(rollout.completion[n, :t].tolist())
+    third.set_title(f'next word after\n"{before}"', fontsize=9)
+    third.legend(fontsize=8)
+    names = {"ptdpo": "PTD-PO", "random": "PTD-PO, random hints", "grpo": "GRPO"}
+    bands(fourth, {label: curves[arm] for arm, label in names.items()})
+    fourth.set_title("held-out accuracy, 10 seeds, 95 % interval", fontsize=9)
+    fourth.legend(fontsize=8)
     figure.savefig(path, dpi=80)
 
 
@@ -551,16 +592,23 @@ def draw_summary(path):
         return draw_bars(summary, path.with_name("figure.png"))
     figure = Figure(figsize=(13, 6.8), layout="constrained")
     for axis, (name, arms) in zip(figure.subplots(2, 3).flat, summary["curves"].items()):
-        for arm, points in arms.items():
-            if points:
-                step, mean, half = (list(column) for column in zip(*points))
-                (line,) = axis.plot(step, mean, label=arm)
-                low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
-                axis.fill_between(step, low, high, color=line.get_color(), alpha=0.15)
+        bands(axis, arms)
         axis.set(title=name, xlabel="step")
     figure.axes[0].legend(fontsize=7)
     figure.suptitle(f"{summary['name']}: mean and 95 % interval over {len(summary['seeds'])} seeds")
     figure.savefig(path.with_name("figure.png"), dpi=80)
+    if summary["name"] == "main":
+        draw_hero(summary["curves"]["accuracy"], path.with_name("hero.png"))
+
+
+def bands(axis, arms):
+    """Curves as lists of (step, mean, half-width), each in a band of its interval."""
+    for arm, points in arms.items():
+        if points:
+            step, mean, half = (list(column) for column in zip(*points))
+            (line,) = axis.plot(step, mean, label=arm)
+            low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+            axis.fill_between(step, low, high, color=line.get_color(), alpha=0.15)
 
 
 def draw_bars(summary, path):
