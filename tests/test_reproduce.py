@@ -45,7 +45,7 @@ def test_measures_of_a_run_by_hand():
     ]
     found = measure_run(rows, rival)
     assert found["area"] == pytest.approx(0.4) and found["accuracy"] == 0.7
-    assert found["hint_recall"] == pytest.approx(0.8)
+    assert found["hint_recall"] == found["hint_recall_early"] == pytest.approx(0.8)
     assert found["to_grpo"] == 3 and found["entropy_at_grpo"] == 0.7
     never = measure_run([{"step": 0}, row(1, 0.1), row(2, 0.2)], rival)
     assert never["to_grpo"] == 2 and never["entropy_at_grpo"] is None

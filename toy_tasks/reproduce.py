@@ -47,7 +47,9 @@ def plot_curves(folders, path):
 def plot(folders):
     """--plot: runs together in one picture, or the figure of a summary again."""
     if (folders[0] / "summary.json").exists():
-        return [draw_summary(folder / "summary.json") for folder in folders]
+        for folder in folders:
+            draw_summary(folder / "summary.json")
+        return print(claims_markdown(folders))
     runs = [run for folder in folders for run in ptdpo.runs_in(folder)]
     plot_curves(runs, folders[0] / "curves.png")
 
@@ -374,6 +376,7 @@ EXPERIMENTS = {
         [
             Claim("PTD-PO over GRPO: 2B 50.6, 61.2; 4B 68.1, 71.2", "accuracy", "ptdpo", "grpo"),
             Claim("the same over the whole run", "area", "ptdpo", "grpo"),
+            Claim("ours: steps to GRPO's last accuracy", "to_grpo", "ptdpo", "grpo", -1),
             Claim("ours: it points better", "point_f1", "ptdpo", "grpo"),
             Claim("ours: it is right for the right reason", "right_reason", "ptdpo", "grpo"),
             Claim("over answer-conditioned HDPO: 4B 71.2, 68.3", "accuracy", "ptdpo", "answer"),
@@ -384,6 +387,7 @@ EXPERIMENTS = {
             Claim("hints must be about the picture at hand", "area", "ptdpo", "random"),
             Claim("ours: attention is more than an echo of the answers", "area", "ptdpo", "votes"),
             Claim("ours: recall of attention over votes", "hint_recall", "ptdpo", "votes"),
+            Claim("ours: the same in the first 5 steps", "hint_recall_early", "ptdpo", "votes"),
             Claim("ours: recall of attention over random", "hint_recall", "ptdpo", "random"),
             Claim("authors' code: no KL on tutored groups", "accuracy", "ptdpo_kl_untutored",
                   "ptdpo"),
@@ -534,7 +538,8 @@ def measure_run(rows, rival):
     scored = [r for r in rows if r.get("accuracy") is not None]
     found = {n: rows[-1][n] for n in (*USUAL[:-1], "entropy_failed", *GROUPS)}
     recalls = [r["hint_recall"] for r in rows[1:] if r["hint_recall"] is not None]
-    found["hint_recall"] = sum(recalls) / len(recalls) if recalls else None
+    for measure, some in (("hint_recall", recalls), ("hint_recall_early", recalls[:5])):
+        found[measure] = sum(some) / len(some) if some else None
     found["area"] = sum(r["accuracy"] for r in scored) / len(scored)
     goal = rival[-1]["accuracy"]
     found["to_grpo"] = steps_to(scored, goal) or rows[-1]["step"]
@@ -574,7 +579,7 @@ def summarise(name, seeds, out, common):
     experiment = EXPERIMENTS[name]
     seeds = list(seeds)[: experiment.seeds]
     runs = train_arms(experiment.arms.split(), seeds, out, common)
-    rivals = {a: runs.get(a.replace("ptdpo", "grpo"), runs[a]) for a in runs}
+    rivals = {a: runs.get(a.replace("ptdpo", "grpo"), runs.get("grpo", runs[a])) for a in runs}
     found = {a: [measure_run(*pair) for pair in zip(runs[a], rivals[a])] for a in runs}
     return {
         "name": name,
@@ -654,6 +659,19 @@ def claims_table(claims):
             shown = f"{c['difference']:+.3f} +- {c['half_width']:.3f}"
             pair = f"{c['measure']:17} {c['arm']} - {c['other']}"
             lines.append(f"  {c['verdict']:12} {shown:18} {pair}: {c['paper']}")
+    return "\n".join(lines)
+
+
+def claims_markdown(folders):
+    """README's table of all claims, from committed summaries."""
+    lines = ["| what the paper, or this page, says | measured | arms | difference | verdict |"]
+    lines += ["|---|---|---|---|---|"]
+    for folder in folders:
+        for c in json.loads((folder / "summary.json").read_text())["claims"]:
+            if c["verdict"] != "no value":
+                arms = f"{c['arm']} {c['arm_mean']:.3f}, {c['other']} {c['other_mean']:.3f}"
+                gap = f"{c['difference']:+.3f} ± {c['half_width']:.3f}"
+                lines.append(f"| {c['paper']} | {c['measure']} | {arms} | {gap} | {c['verdict']} |")
     return "\n".join(lines)
 
 
