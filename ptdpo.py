@@ -50,9 +50,11 @@ from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 from toy_tasks import Problem
+from toy_tasks.beside import Beside
 from toy_tasks.counting import Counting
 from toy_tasks.jsonl import spoils
 
+TASKS = {"counting": Counting, "beside": Beside}
 HERE = Path(__file__).resolve().parent
 
 
@@ -69,7 +71,8 @@ class Config:
     method: str = knob("ptdpo", "grpo: reward alone; ptdpo: reward and tutoring", "grpo", "ptdpo")
     seed: int = knob(0, "seeds prompts and sampling noise")
     steps: int = knob(60, "training steps", least=1)
-    base: str = knob("toy_tasks/base.safetensors", "warm-started policy, also the reference")
+    task: str = knob("counting", "the toy task", *TASKS)
+    base: str = knob("", "warm-started policy, also the reference; default: the task's own")
     difficulty: float = knob(1.0, "clutter and noise of the pictures, 0 is calm", least=0)
     # rollout
     prompts: int = knob(16, "prompts a step (B)", least=1)
@@ -889,11 +892,11 @@ def make_config(given):
 def toy(config, trained=True):
     """Policy and task of the toy; trained: with the weights of the warm-started base."""
     torch.set_num_threads(config.threads)
-    task = Counting(config.difficulty)
+    task = TASKS[config.task](config.difficulty)
     policy = task.new_policy(config.seed)
     if trained:
-        shipped = HERE / config.base
-        read_checkpoint(shipped if shipped.exists() else Path(config.base), policy)
+        path = config.base or task.base
+        read_checkpoint(HERE / path if (HERE / path).exists() else Path(path), policy)
     return policy, task
 
 

@@ -72,6 +72,8 @@ class Counting:
     """The task. difficulty 0: few objects on a clean picture; 1: as in the README."""
 
     max_tokens = 14
+    base = "toy_tasks/base.safetensors"
+    lessons = ("tutored", "alone", "tutored", "calm", "alone", "describe")
 
     def __init__(self, difficulty=1.0):
         self.matches = (3, min(8, 3 + round(5 * difficulty)))
@@ -148,7 +150,6 @@ class Counting:
 
     def warm_start(self, policy, seed, steps=1200, batch=64):
         """Teach an untrained policy all lessons in turn; the learning rate ends at 0."""
-        kinds = ("tutored", "alone", "tutored", "calm", "alone", "describe")
         named = policy.named_parameters()
         matrices = [p for n, p in named if p.ndim == 2 and n[:3] not in ("emb", "pos")]
         others = [p for p in policy.parameters() if all(p is not m for m in matrices)]
@@ -156,7 +157,9 @@ class Counting:
                       torch.optim.AdamW(others, 4e-3, (0.9, 0.95), weight_decay=0.01)]  # fmt: skip
         for step in tqdm(range(steps), "warm start"):
             rng = random.Random(f"warm start/{seed}/{step}")
-            lessons = [self.lesson(kinds[step % len(kinds)], rng) for _ in range(batch)]
+            lessons = [
+                self.lesson(self.lessons[step % len(self.lessons)], rng) for _ in range(batch)
+            ]
             prompts = [policy.encode(problem, hint) for problem, hint, _ in lessons]
             answers = [policy.tokens(text) + [0] for _, _, text in lessons]
             longest = max(map(len, answers))
