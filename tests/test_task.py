@@ -462,9 +462,9 @@ def test_training_loop_runs_on_the_stub(tmp_path):
 
 
 def test_the_trainer_names_no_task():
-    """Outside its command line, ptdpo.py says neither cells nor counting."""
+    """Between its flags and its command line, ptdpo.py says neither cells nor counting."""
     source = (ROOT / "ptdpo.py").read_text()
-    algorithm = source[source.index("# ---") : source.index("- command line")]
+    algorithm = source[source.index("- policy\n") : source.index("- command line\n")]
     assert len(algorithm.splitlines()) > 400
     assert not re.search(r"Counting|CELLS|WORDS|SIDE|TinyVLM|counting", algorithm)
     assert len(WORDS) == len(set(WORDS))
