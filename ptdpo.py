@@ -45,7 +45,7 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
@@ -69,7 +69,7 @@ class Config:
     """All that shapes a run. Every field is a flag (`--top-k 10`) and is saved with the run."""
 
     method: str = knob("ptdpo", "grpo: reward alone; ptdpo: reward and tutoring", "grpo", "ptdpo")
-    seed: int = knob(0, "seeds prompts and sampling noise")
+    seed: int = knob(0, "seeds prompts and sampling noise", least=0)
     steps: int = knob(60, "training steps", least=1)
     task: str = knob("counting", "the toy task", *TASKS)
     base: str = knob("", "warm-started policy, also the reference; default: the task's own")
@@ -83,6 +83,7 @@ class Config:
     lr: float = knob(3e-4, "learning rate of AdamW, constant", least=0)
     weight_decay: float = knob(0.01, "weight decay of AdamW", least=0)
     clip_norm: float = knob(1.0, "gradients are scaled down to this norm", least=0)
+    max_skipped: int = knob(3, "stop after so many steps in a row that skipped an update", least=1)
     updates_per_batch: int = knob(1, "updates a batch is split into; at 1 rho is 1", least=1)
     micro_batch: int = knob(0, "groups a pass, 0 = all; saves memory, changes nothing", least=0)
     policy_weight: float = knob(1.0, "weight of the policy loss, 0 = self-distillation", least=0)
@@ -161,6 +162,7 @@ class Rollout:
     policy_weights: torch.Tensor = None  # [N, T], what each token weighs in each of the losses
     kl_weights: torch.Tensor = None  # [N, T]
     jsd_weights: torch.Tensor = None  # [N, T]
+    skipped: str = None  # what was not finite, if an update was skipped
 
     @property
     def reward(self):
@@ -568,7 +570,8 @@ def total_loss(policy, ref, part, config):
 def update(policy, ref, optimizer, rollout, config, distill_weight):
     """Move the weights: `updates_per_batch` steps of AdamW, each on its share of the groups.
 
-    Returns values of each token [N, T] by name, and the mean norm of the gradients.
+    Returns values of each token [N, T] by name, and the mean norm of the gradients. An update with
+    a loss or a gradient that is not finite is skipped, and the rollout told so.
     """
     values, norms = [], []
     if config.updates_per_batch > 1:  # the later updates see a policy that has moved
@@ -579,12 +582,18 @@ def update(policy, ref, optimizer, rollout, config, distill_weight):
     for share in rollout.parts(count=config.updates_per_batch):
         weigh_tokens(share, config, distill_weight)
         optimizer.zero_grad()
+        broken = []
         for part in share.parts(config.micro_batch):
             loss, tokens = total_loss(policy, ref, part, config)
             loss.backward()
             values.append({name: v.detach() for name, v in tokens.items()})
+            suspects = [*tokens.items(), ("loss", loss)]
+            broken += [name for name, v in suspects if not v.isfinite().all()]
         norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_norm).item())
-        optimizer.step()
+        if broken or not math.isfinite(norms[-1]):
+            rollout.skipped = [*broken, "gradient"][0]
+        else:
+            optimizer.step()
     whole = {name: torch.cat([v[name] for v in values]) for name in values[0]}
     return whole, sum(norms) / len(norms)
 
@@ -612,6 +621,7 @@ def step_metrics(rollout, tokens, grad_norm):
     entropy_solved: entropy over solved answers alone; null if there are none
     entropy_slope: change of entropy a step, least squares over the last 10 steps
     grad_norm: norm of the gradient before clipping, mean over the updates of the step
+    skipped: 0, or the quantity that was not finite, so that an update was left out
     completion_length: mean tokens of an answer, its end included
     hint_recall: share of the true targets among the hinted regions; random regions: M/R
     hints_rejected: share of hints whose steps failed the spoiler filter; should be 0
@@ -637,6 +647,7 @@ def step_metrics(rollout, tokens, grad_norm):
         "entropy_failed": mean_where(tokens["entropy"], mask & ~solved),
         "entropy_solved": mean_where(tokens["entropy"], mask & solved),
         "grad_norm": grad_norm,
+        "skipped": rollout.skipped or 0,
         "completion_length": mask.sum(1).float().mean().item(),
         "hint_recall": sum(found) / len(found) if found and None not in found else None,
         "hints_rejected": sum(h.rejected for h in hints) / len(hints) if hints else None,
@@ -653,9 +664,14 @@ class Monitor:
     start_entropy: float | None = None
     recent: list = field(default_factory=list)  # rows
     said: list = field(default_factory=list)
+    skipped: int = 0  # steps in a row
 
     def watch(self, row, chance):
         """Add entropy_slope to the row -> new warnings. chance: recall of random regions, M/R."""
+        self.skipped = self.skipped + 1 if row["skipped"] else 0
+        if self.skipped:  # the other numbers say nothing
+            row["entropy_slope"] = None
+            return [f"{row['skipped']} is not finite, update skipped: lower --lr"]
         self.start_entropy = self.start_entropy or row["entropy"]
         self.recent = [*self.recent, row][-10:]
         x = torch.arange(len(self.recent)) - (len(self.recent) - 1) / 2
@@ -698,6 +714,7 @@ def evaluate(policy, task, problems, hints=None):
 
 
 # --------------------------------------------------------------------------------------- training
+LOGS = ("metrics.jsonl", "samples.jsonl")
 STOP = []  # signals received: the step in progress is finished and saved first
 
 
@@ -724,15 +741,18 @@ def train(policy, task, config, folder, resume=False):
         row = {"step": step, **step_metrics(rollout, tokens, norm)}
         chance = config.hint_regions / len(policy.region_names(rollout.prompts[0]))
         warnings = monitor.watch(row, chance)
-        due = step % config.eval_every == 0 or step in (1, config.steps) or STOP
+        due = step % config.eval_every == 0 or step in (1, config.steps)
         row |= evaluate(policy, task, held_out) if due else dict.fromkeys(state["base"])
         log(folder / "metrics.jsonl", row | {"seconds": time.perf_counter() - began})
         if due:
             log(folder / "samples.jsonl", sample_row(policy, rollout, tokens, step))
-            sizes = {f.name: f.stat().st_size for f in folder.glob("*.jsonl")}
+        if due or STOP:
+            sizes = {name: (folder / name).stat().st_size for name in LOGS}
             state |= {"step": step, "monitor": asdict(monitor), "sizes": sizes}
             write_checkpoint(folder / "checkpoint.safetensors", state, policy, optimizer)
         report(config.method, row, warnings)
+        if monitor.skipped >= config.max_skipped:
+            raise UserError(f"{folder}: {warnings[0]}; {monitor.skipped} steps in a row, stopped")
         if STOP:
             tqdm.write(f"stopped after step {step}: python ptdpo.py --resume {folder}")
             raise SystemExit(128 + STOP[0])
@@ -745,32 +765,46 @@ def provenance():
     return {"commit": git.stdout.strip() or None, "versions": versions}
 
 
-def start_run(folder, policy, _, task, config, held_out):
-    """Begin a run: choose layers to read, measure the base, write run.json -> state of step 0."""
+def start_run(folder, policy, optimizer, task, config, held_out):
+    """Begin a run: choose layers to read, measure the base -> state of step 0.
+
+    run.json is written last: where it is, there is a checkpoint to resume from.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     by_layer = calibrate(policy, task, config)
     best = sorted(range(len(by_layer)), key=lambda i: -by_layer[i])
     state = {"step": 0, "config": asdict(config), "monitor": asdict(Monitor()), **provenance()}
     state |= {"layers": best[: config.hint_layers], "layer_recall": by_layer}
-    state |= {"base": evaluate(policy, task, held_out)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "samples.jsonl", "checkpoint.safetensors"):
-        (folder / name).unlink(missing_ok=True)
-    (folder / "run.json").write_text(json.dumps(state, indent=1))
+    state |= {"base": evaluate(policy, task, held_out), "sizes": dict.fromkeys(LOGS, 0)}
+    state |= {"reference": checksum(dict(policy.named_parameters()))}
+    (folder / "run.json").unlink(missing_ok=True)
+    for name in LOGS:
+        (folder / name).write_bytes(b"")
+    write_checkpoint(folder / "checkpoint.safetensors", state, policy, optimizer)
+    write_whole(folder / "run.json", json.dumps(state, indent=1).encode())
     return state
 
 
-def load_run(folder, policy, optimizer, *_):
+def load_run(folder, policy, optimizer, _task, config, _held_out):
     """Go on with a run from its checkpoint; rows that were logged after it are cut off."""
+    reference = checksum(dict(policy.named_parameters()))
     state = read_checkpoint(folder / "checkpoint.safetensors", policy, optimizer)
-    for name, size in state["sizes"].items():
-        os.truncate(folder / name, size)
-    return state
+    if state["reference"] != reference:
+        raise UserError(f"{config.base}: not the base that {folder} began with; put that one back")
+    if any((folder / name).stat().st_size < state["sizes"][name] for name in LOGS):
+        raise UserError(f"{folder}: logs shorter than at the checkpoint; use another copy")
+    for name in LOGS:
+        os.truncate(folder / name, state["sizes"][name])
+    return state | {"config": asdict(config)}  # --steps may have changed
 
 
 def log(path, row):
-    """Append a row to a JSONL file."""
+    """Append a row to a JSONL file, null for what is not finite, and see it on the disk."""
+    row = json.loads(json.dumps(row), parse_constant=lambda _: None)
     with open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def sample_row(policy, rollout, tokens, step):
@@ -799,7 +833,7 @@ def report(method, row, warnings):
 
 
 # ------------------------------------------------------------------------------------- checkpoint
-def checksum(tensors, text):
+def checksum(tensors, text=""):
     """SHA-256 of a state and its tensors, names and shapes included."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
@@ -808,23 +842,40 @@ def checksum(tensors, text):
     return digest.hexdigest()
 
 
-def write_checkpoint(path, state, policy, optimizer=None):
-    """One file: weights, moments of AdamW, `state` as JSON, a checksum. Nothing is pickled.
-
-    Written aside, synced, then renamed: whenever the process dies, a whole checkpoint is in place.
-    """
-    tensors = {f"policy.{n}": p.detach() for n, p in policy.named_parameters()}
-    for name, p in policy.named_parameters() if optimizer else ():
-        tensors |= {f"{m}.{name}": optimizer.state[p][m] for m in ("exp_avg", "exp_avg_sq")}
-    text, aside = json.dumps(state), path.with_suffix(".tmp")
-    save_file(tensors, aside, {"state": text, "checksum": checksum(tensors, text)})
-    with open(aside, "rb") as f:
+def write_whole(path, data):
+    """Written aside, synced, renamed: whenever the process dies, one whole file is in place."""
+    aside = path.with_suffix(".tmp")
+    with open(aside, "wb") as f:
+        f.write(data)
+        f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
-def read_checkpoint(path, policy, optimizer=None):
-    """Load what write_checkpoint wrote -> state. UserError if missing, foreign or damaged."""
+def live_tensors(policy, optimizer):
+    """All tensors of a checkpoint by name, not copies; AdamW is begun, at 0, if it had not."""
+    live = {f"policy.{name}": p.detach() for name, p in policy.named_parameters()}
+    for name, p in policy.named_parameters() if optimizer else ():
+        begin = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
+        begin |= {"exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = optimizer.state[p] or begin
+        live |= {f"{kind}.{name}": v for kind, v in optimizer.state[p].items()}
+    return live
+
+
+def write_checkpoint(path, state, policy, optimizer=None):
+    """One file: weights, state of AdamW, `state` as JSON, a checksum. Nothing is pickled."""
+    tensors, text = live_tensors(policy, optimizer), json.dumps(state)
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise UserError(f"{path}: left as it is, weights are no longer finite; lower --lr")
+    write_whole(path, save(tensors, {"state": text, "checksum": checksum(tensors, text)}))
+
+
+def open_checkpoint(path):
+    """What write_checkpoint wrote -> state, tensors. UserError if missing, foreign or damaged."""
     try:
         with safe_open(path, "pt") as f:
             text, expected = f.metadata()["state"], f.metadata()["checksum"]
@@ -833,17 +884,33 @@ def read_checkpoint(path, policy, optimizer=None):
         raise UserError(f"{path}: no checkpoint of this program ({error})") from None
     if checksum(tensors, text) != expected:
         raise UserError(f"{path}: damaged, its checksum differs; use another copy")
-    state = json.loads(text)
-    for name, p in policy.named_parameters():
-        stored = tensors.get(f"policy.{name}", torch.empty(0))
-        if stored.shape != p.shape:
-            raise UserError(f"{path}: its {name} does not fit this model; another version's?")
-        p.data.copy_(stored)
-        if optimizer:
-            updates = torch.tensor(float(state["step"] * state["config"]["updates_per_batch"]))
-            moments = {m: tensors[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": updates, **moments}
+    return json.loads(text), tensors
+
+
+def read_checkpoint(path, policy, optimizer=None):
+    """Load a checkpoint -> state. UserError if it does not fit; nothing is loaded by half."""
+    state, tensors = open_checkpoint(path)
+    live, nothing = live_tensors(policy, optimizer), torch.empty(0)
+    for name in live.keys() | {n for n in tensors if n.startswith("policy.")}:
+        new, old = live.get(name, nothing), tensors.get(name, nothing)
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise UserError(f"{path}: {name} does not fit this model; is it another version's?")
+    for name, tensor in live.items():
+        tensor.copy_(tensors[name])
     return state
+
+
+def stored_config(path, **changes):
+    """Config of a run's checkpoint, with changes. UserError if it is none, or another version's."""
+    state = open_checkpoint(path)[0]
+    if "config" not in state:
+        raise UserError(f"{path}: weights alone, no run; start one with --toy --base {path}")
+    if odd := state["config"].keys() ^ vars(Config()):
+        hint = f"use commit {state['commit']}"
+        raise UserError(f"{path}: another version's, which differs in {min(odd)}; {hint}")
+    if changes.get("steps", math.inf) < state["step"]:
+        raise UserError(f"--steps {changes['steps']}: the run is at {state['step']}; give more")
+    return make_config(state["config"] | changes)
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -884,14 +951,17 @@ def make_config(given):
     config = Config(**{f.name: given[f.name] for f in fields(Config) if f.name in given})
     for f in fields(Config):
         value, least = getattr(config, f.name), f.metadata["least"]
-        if least is not None and not (value >= least and math.isfinite(value)):
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: give at least {least}")
+        choices = f.metadata["choices"] or (value,)
+        if value not in choices or (least is not None and not least <= value < 2**31):
+            known = " or ".join(map(str, choices)) if value not in choices else f"at least {least}"
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: give {known}")
     return config
 
 
 def toy(config, trained=True):
     """Policy and task of the toy; trained: with the weights of the warm-started base."""
     torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True)
     task = TASKS[config.task](config.difficulty)
     policy = task.new_policy(config.seed)
     if trained:
@@ -905,11 +975,17 @@ def runs_in(folder):
     found = [p.parent for p in (*folder.glob("run.json"), *sorted(folder.glob("*/run.json")))]
     if not found:
         raise UserError(f"{folder}: no run in it; start one with --toy --out {folder}")
+    for run in found:
+        try:
+            json.loads((run / "run.json").read_text())["base"]["accuracy"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{run}/run.json: torn; use another copy, or start again") from None
     return found
 
 
 def run(config, folder, resume):
     """Train one run; a signal lets it finish its step and save."""
+    STOP.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: STOP.append(n))
     train(*toy(config), config, folder, resume)
@@ -919,10 +995,15 @@ def guard(action, *args):
     """Do it -> exit code. What the user can mend is one line and 2, never a traceback."""
     try:
         action(*args)
+        return 0
     except UserError as error:
-        print(f"ptdpo.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        text = str(error)
+    except OSError as error:
+        text = f"{error.filename or 'disk'}: {error.strerror}; give a path that works, with room"
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print("ptdpo.py:", *text.split(), file=sys.stderr)
+    return 2
 
 
 def child(*args):
@@ -934,24 +1015,22 @@ def side_by_side(runs):
     """All runs at once, one process each; a signal is passed on to them."""
     context = multiprocessing.get_context("spawn")
     children = [context.Process(target=child, args=r) for r in runs]
-    for c in children:
-        c.start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: [os.kill(c.pid, n) for c in children if c.is_alive()])
     for c in children:
+        c.start()
+    for c in children:
         c.join()
-    if worst := max(abs(c.exitcode) for c in children):
+    if worst := max(c.exitcode if c.exitcode >= 0 else 128 - c.exitcode for c in children):
         sys.exit(worst)
 
 
 def train_command(given):
     """--toy and --resume: one run, or two side by side -> folder of the runs, task."""
     if "resume" in given:
-        runs = []
-        for folder in runs_in(given["resume"]):
-            stored = json.loads((folder / "run.json").read_text())["config"]
-            steps = given.get("steps", stored["steps"])
-            runs.append((make_config(stored | {"steps": steps}), folder, True))
+        changes = {"steps": given["steps"]} if "steps" in given else {}
+        found = [(f, f / "checkpoint.safetensors") for f in runs_in(given["resume"])]
+        runs = [(stored_config(path, **changes), f, True) for f, path in found]
     else:
         method = given.get("method", "both")
         methods = ["grpo", "ptdpo"] if method == "both" else [method]
@@ -961,8 +1040,13 @@ def train_command(given):
     for _, folder, resume in runs:
         if (folder / "run.json").exists() and not resume and "overwrite" not in given:
             raise UserError(f"{folder} holds a run: add --overwrite, or give another --out")
+    for _, folder, _ in runs:
+        folder.mkdir(parents=True, exist_ok=True)
     run(*runs[0]) if len(runs) == 1 else side_by_side(runs)
     return runs[0][1].parent, toy(runs[0][0], trained=False)[1]
+
+
+HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems"}, "plot": set()}
 
 
 def command(argv):
@@ -970,6 +1054,9 @@ def command(argv):
     from toy_tasks import reproduce
 
     given = parse(argv)
+    for action, others in HEEDED.items():
+        if action in given and (odd := given.keys() - others - {action}):
+            raise UserError(f"--{action} goes by what is stored: leave out --{min(odd)}")
     if "help_metrics" in given:
         print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
     elif "plot" in given:
@@ -981,7 +1068,7 @@ def command(argv):
         place = given.get("out", Path("runs/reproduce"))
         reproduce.reproduce(given["reproduce"], given.get("seeds", 10), place, common)
     elif "eval" in given:
-        reproduce.evaluate_checkpoint(given["eval"], given.get("eval_split"))
+        reproduce.evaluate_checkpoint(given.pop("eval"), **given)
     elif "warm_start" in given:
         reproduce.make_base(make_config(given), given.get("out", Path("runs/base")))
     elif "toy" in given or "resume" in given:

@@ -483,6 +483,7 @@ def test_step_metrics_by_hand():
         "entropy_failed": pytest.approx((3 + 4 + 5 + 6 + 7 + 9 + 10) / 7),
         "entropy_solved": pytest.approx((0 + 12 + 15) / 3),
         "grad_norm": 2.5,
+        "skipped": 0,
         "completion_length": pytest.approx(10 / 6),
         "hint_recall": pytest.approx((1 / 2 + 0 + 1 / 2) / 3),
         "hints_rejected": pytest.approx(1 / 3),
@@ -526,7 +527,7 @@ def test_judge_by_hand():
 
 # --------------------------------------------------------------------------------------- monitor
 HEALTHY = {"entropy": 1.0, "solved": 0.3, "groups_mixed": 0.5, "groups_all_solved": 0.0,
-           "jsd": 0.1, "hint_recall": 0.9}  # fmt: skip
+           "jsd": 0.1, "hint_recall": 0.9, "skipped": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,10 @@ PANELS = ("accuracy", "point_f1", "entropy", "groups_all_failed", "groups_mixed"
 
 def read_rows(path):
     """The rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ptdpo.UserError(f"{path}: a line is torn ({error}); --resume cuts it off") from None
 
 
 def plot_curves(folders, path):
@@ -279,8 +282,8 @@ def make_base(config, folder):
     by_layer = ptdpo.calibrate(policy, task, config)
     found = measure(policy, task, config, [by_layer.index(max(by_layer))], problems)
     short = replace(config, method="grpo", steps=20, eval_every=20, eval_problems=512)
-    ptdpo.train(policy, task, short, folder / "grpo")
-    found["grpo 20 steps"] = read_rows(folder / "grpo" / "metrics.jsonl")[-1]["accuracy"]
+    ptdpo.train(policy, task, short, folder / "grpo-20-steps")
+    found["grpo 20 steps"] = read_rows(folder / "grpo-20-steps" / "metrics.jsonl")[-1]["accuracy"]
     alone = found["alone"]["accuracy"]
     gap, gain = found["attention both"]["accuracy"] - alone, found["grpo 20 steps"] - alone
     found["usable"] = found["groups_all_failed"] >= 0.5 and gap >= 0.2 and gain < gap / 4
@@ -290,14 +293,16 @@ def make_base(config, folder):
     print(json.dumps(found, indent=1))
 
 
-def evaluate_checkpoint(path, split=None):
+def evaluate_checkpoint(path, **given):
     """Held-out scores of a checkpoint beside its base's, alone and tutored; and by true answer."""
     path = path / "checkpoint.safetensors" if path.is_dir() else path
     policy, _ = ptdpo.toy(ptdpo.Config(), trained=False)
     state = ptdpo.read_checkpoint(path, policy)
-    config = ptdpo.make_config(state.get("config", {}))
+    given = {"eval_problems": 512} | given
+    run = "config" in state
+    config = ptdpo.stored_config(path, **given) if run else ptdpo.make_config(given)
     base, task = ptdpo.toy(config)
-    problems = [task.problem(split or config.eval_split, 0, i) for i in range(512)]
+    problems = [task.problem(config.eval_split, 0, i) for i in range(config.eval_problems)]
     by_base = measure(base, task, config, state.get("layers", [0]), problems)
     grades = ptdpo.answer(policy, task, problems, 1, 0.0, ("greedy",)).grades
     table = {"base alone": by_base["alone"], "base tutored": by_base["attention both"]}
