@@ -573,7 +573,7 @@ def update(policy, ref, optimizer, rollout, config, distill_weight):
     Returns values of each token [N, T] by name, and the mean norm of the gradients. An update with
     a loss or a gradient that is not finite is skipped, and the rollout told so.
     """
-    values, norms = [], []
+    values, norms, skipped = [], [], []
     if config.updates_per_batch > 1:  # the later updates see a policy that has moved
         weigh_tokens(rollout, config, distill_weight)
         with torch.no_grad():
@@ -591,9 +591,10 @@ def update(policy, ref, optimizer, rollout, config, distill_weight):
             broken += [name for name, v in suspects if not v.isfinite().all()]
         norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_norm).item())
         if broken or not math.isfinite(norms[-1]):
-            rollout.skipped = [*broken, "gradient"][0]
+            skipped += [*broken, "gradient"]
         else:
             optimizer.step()
+    rollout.skipped = next(iter(skipped), None)
     whole = {name: torch.cat([v[name] for v in values]) for name in values[0]}
     return whole, sum(norms) / len(norms)
 

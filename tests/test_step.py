@@ -97,7 +97,7 @@ def test_parts_hold_whole_groups_and_all_of_them(policy, ref, task, size):
     for f in fields(Rollout):
         whole, cut = getattr(rollout, f.name), [getattr(p, f.name) for p in parts]
         if whole is None:
-            assert f.name == "logp_old" and cut == [None] * len(parts)
+            assert f.name in ("logp_old", "skipped") and cut == [None] * len(parts)
         elif isinstance(whole, torch.Tensor):
             assert torch.equal(torch.cat(cut), whole)
         else:
