@@ -51,3 +51,15 @@ def signals():
     for number, handler in old.items():
         signal.signal(number, handler)
     ptdpo.STOP.clear()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Finished tiny runs of four steps, by method: to be read, or copied and then broken."""
+    old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    out = tmp_path_factory.mktemp("finished")
+    for method in ("grpo", "ptdpo"):
+        assert ptdpo.main(helpers.start(out / method, method=method)) == 0
+    for number, handler in old.items():
+        signal.signal(number, handler)
+    return {method: out / method / method for method in ("grpo", "ptdpo")}

@@ -1,11 +1,15 @@
 """Second, plain implementations, and short ways to make policies, rollouts and gradients."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 import ptdpo
+from ptdpo import LOGS
 from toy_tasks import Grade
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,3 +123,47 @@ def plain_block(block, x, seen):
         total = total + weights / block.heads
     x = x + block.out(torch.cat(mixed, -1))
     return x + block.mlp(block.norm2(x)), total
+
+
+# ------------------------------------------------------------------------------ whole runs
+TINY = "--prompts 2 --group 2 --eval-problems 4 --eval-every 2".split()
+
+
+def start(out, *flags, steps=4, method="ptdpo"):
+    """The command line of a tiny run."""
+    return ["--toy", "--method", method, "--steps", str(steps), *TINY, "--out", str(out), *flags]
+
+
+def rows(path):
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(run):
+    """What a run logged, but for how long it took."""
+    metrics = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(run / LOGS[0])]
+    return metrics, (run / LOGS[1]).read_text()
+
+
+def contents(run):
+    """State and tensors of a run's checkpoint, in a form that == compares bit by bit."""
+    state, tensors = ptdpo.open_checkpoint(run / "checkpoint.safetensors")
+    state.pop("sizes")  # seconds have more digits or fewer
+    for row in state["monitor"]["recent"]:
+        row.pop("seconds", None)
+    return state, {name: (t.shape, t.dtype, t.numpy().tobytes()) for name, t in tensors.items()}
+
+
+def forge(path, change):
+    """Rewrite a checkpoint with a true checksum after change(state, tensors)."""
+    state, tensors = ptdpo.open_checkpoint(path)
+    change(state, tensors)
+    text = json.dumps(state)
+    data = save(tensors, {"state": text, "checksum": ptdpo.checksum(tensors, text)})
+    path.write_bytes(data)
+
+
+def files(folder):
+    """All files below a folder, with a digest of each."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
