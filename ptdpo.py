@@ -879,10 +879,11 @@ def open_checkpoint(path):
     """What write_checkpoint wrote -> state, tensors. UserError if missing, foreign or damaged."""
     try:
         with safe_open(path, "pt") as f:
-            text, expected = f.metadata()["state"], f.metadata()["checksum"]
+            text, expected = ((f.metadata() or {})[name] for name in ("state", "checksum"))
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no checkpoint of this program ({error})") from None
+    except (SafetensorError, OSError, KeyError) as error:
+        why = f"no checkpoint of this program ({error})"
+        raise UserError(f"{path}: {why}; give another, or start a run with --toy") from None
     if checksum(tensors, text) != expected:
         raise UserError(f"{path}: damaged, its checksum differs; use another copy")
     return json.loads(text), tensors

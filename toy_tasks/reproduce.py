@@ -28,9 +28,9 @@ PANELS = ("accuracy", "point_f1", "entropy", "groups_all_failed", "groups_mixed"
 def read_rows(path):
     """The rows of a JSONL file."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise ptdpo.UserError(f"{path}: a line is torn ({error}); --resume cuts it off") from None
+        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError):
+        raise ptdpo.UserError(f"{path}: not JSON, or torn; --resume cuts off what is") from None
 
 
 def plot_curves(folders, path):
