@@ -2,12 +2,12 @@
 
     python tests/kill_loop.py [--random 10] [--methods grpo ptdpo]
 
-A scripted run of three steps, the second without a checkpoint, is killed before, amid and after each write, and before and after each
-sync, rename, truncation and removal, one moment a run, each time in a process of its own (forked,
-so that torch is imported once). It is then resumed, or started again where nothing had begun, and
-must end with weights, AdamW state, rows and samples bit-equal to those of the run that nobody
-killed. At random moments a run is killed three times on its way. Nothing is drawn at the end. Takes
-a few minutes a method on one core.
+A scripted run of three steps, the second of them without a checkpoint, is killed before, amid and
+after each write, and before and after each sync, rename, truncation and removal: one moment a run,
+each time in a process of its own (forked, so that torch is imported once). It is then resumed, or
+started again where nothing had begun, and must end with weights, AdamW state, rows and samples
+bit-equal to those of the run that nobody killed. At random moments a run is killed three times on
+its way. Nothing is drawn at the end. Takes a few minutes a method on one core.
 """
 
 import argparse
