@@ -66,7 +66,7 @@ def numbers(text):
     """All values that a plain text may name, without signs, as Fractions; too many rather than
     too few: 1,200 may be 1200, or 1.2, or 1 and 200."""
     found = set()
-    text += " " + re.sub(r"(?<=\d) (?=\d{3}\b)", "", text)  # 1 200, too
+    text += " ; " + re.sub(r"(?<=\d) (?=\d{3}\b)", "", text)  # 1 200, too
     runs = re.findall(r"(\.?\d(?:[\d.,]*\d)?(?:e-?\d{1,2}\b)?)( ?%| ?per ?cent)?", text)
     for run, percent in runs:
         whole, decimal = run.replace(",", ""), run.replace(",", ".")
@@ -82,6 +82,12 @@ def numbers(text):
     for a, b in re.findall(rf"\b({WORD})s?\b(?=(?: ({WORD})s?\b)?)", text):
         x, y = Fraction(WORDS[a]), Fraction(WORDS[b or a])
         found |= {x, x + y, x * y, x / (y or 1)} if b else {x}
+    # one hundred and forty two
+    for run in re.findall(rf"\b(?:{WORD})(?:(?: and)? (?:{WORD}))+\b", text):
+        total = Fraction(0)
+        for value in map(WORDS.get, re.findall(WORD, run)):
+            total = (total or 1) * 100 if value == 100 else total + Fraction(value)
+        found.add(total)
     return found
 
 

@@ -84,7 +84,7 @@ def show_attention(axis, picture, relevance, regions):
     """A picture under its relevance map [R], R a square grid, with the hinted regions framed."""
     side, edge = math.isqrt(len(relevance)), picture.width
     axis.imshow(picture)
-    heat = torch.as_tensor(relevance)[: side * side].view(side, side)
+    heat = torch.as_tensor(relevance)[: side * side].view(side, side).numpy()
     axis.imshow(heat, extent=(0, edge, edge, 0), cmap="inferno", alpha=0.6)
     for r in regions:
         corner = (r % side * edge / side, r // side * edge / side)
