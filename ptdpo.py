@@ -1058,7 +1058,8 @@ def command(argv):
     given = parse(argv)
     for action, others in HEEDED.items():
         if action in given and (odd := given.keys() - others - {action}):
-            raise UserError(f"--{action} goes by what is stored: leave out --{min(odd)}")
+            flag = min(odd).replace("_", "-")
+            raise UserError(f"--{action} goes by what is stored: leave out --{flag}")
     if "help_metrics" in given:
         print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
     elif "plot" in given:

@@ -148,7 +148,7 @@ def timeless(run):
 def contents(run):
     """State and tensors of a run's checkpoint, in a form that == compares bit by bit."""
     state, tensors = ptdpo.open_checkpoint(run / "checkpoint.safetensors")
-    state.pop("sizes")  # seconds have more digits or fewer
+    del state["sizes"], state["commit"]  # seconds have more digits or fewer
     for row in state["monitor"]["recent"]:
         row.pop("seconds", None)
     return state, {name: (t.shape, t.dtype, t.numpy().tobytes()) for name, t in tensors.items()}
