@@ -963,7 +963,7 @@ def make_config(given):
 def toy(config, trained=True):
     """Policy and task of the toy; trained: with the weights of the warm-started base."""
     torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # their usual switch imports a compiler first
     task = TASKS[config.task](config.difficulty)
     policy = task.new_policy(config.seed)
     if trained:
