@@ -61,7 +61,6 @@ def in_a_process(argv, at=None, seen=None):
                     os.kill(os.getpid(), signal.SIGKILL)
 
             trace(Patch(), moment)
-            reproduce.finish = lambda *_: None
             code = ptdpo.main(argv)
     finally:
         os._exit(code)
@@ -125,14 +124,20 @@ def main():
     parser.add_argument("--methods", nargs="+", default=["grpo", "ptdpo"])
     given = parser.parse_args()
     torch.set_num_threads(1)
+    reproduce.finish = lambda *_: None
     commit = os.popen(f"git -C {ROOT} rev-parse HEAD").read().strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [v.split(":")[1].strip() for v in lines if v.startswith("model name")]
     model = next(iter(names), platform.processor())
     print("command: python", " ".join(["tests/kill_loop.py", *sys.argv[1:]]))
-    print(f"commit {commit}, torch {torch.__version__}, {os.cpu_count()} cores, {model}")
+    print(
+        f"commit {commit[:12]}, torch {torch.__version__}, {os.cpu_count()} cores, {model}",
+        flush=True,
+    )
     bad, began = [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+            ptdpo.main(script(Path(folder) / "warm", "grpo"))  # imports what is imported late
         for method in given.methods:
             found = kill_everywhere(method, Path(folder), given.random, random.Random(method))
             labels, deaths, failures = found
@@ -142,7 +147,7 @@ def main():
             kinds = [" ".join(label.replace(",", "").split()[:2]) for label in labels]
             counts = {kind: kinds.count(kind) for kind in kinds}
             print("  " + ", ".join(f"{kind} {n}" for kind, n in counts.items()))
-            print(f"  not bit-equal to the run that nobody killed: {len(failures)}")
+            print(f"  not bit-equal to the run that nobody killed: {len(failures)}", flush=True)
     print(*bad, sep="\n", end="\n" * bool(bad))
     print(f"{'FAILED' if bad else 'all bit-equal'} after {time.perf_counter() - began:.0f} s")
     return bool(bad)
