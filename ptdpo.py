@@ -1048,7 +1048,7 @@ def train_command(given):
     return runs[0][1].parent, toy(runs[0][0], trained=False)[1]
 
 
-HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems"}, "plot": set()}
+HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems", "task"}, "plot": set()}
 
 
 def command(argv):

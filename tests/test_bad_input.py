@@ -111,7 +111,7 @@ CASES = [  # what is broken beforehand, the command, and a word of the line that
     # --base
     (None, [*NEW, "--base", "nowhere.safetensors"], "nowhere.safetensors"),
     (None, [*NEW, "--base", "empty"], "empty"),
-    (None, [*NEW, "--base", ""], "no checkpoint"),
+    (None, [*NEW, "--base", "."], "no checkpoint"),
     (None, [*NEW, "--base", "good/ptdpo/metrics.jsonl"], "metrics.jsonl"),
     (text("b.safetensors"), [*NEW, "--base", "b.safetensors"], "b.safetensors"),
     (text("b.safetensors", "weights"), [*NEW, "--base", "b.safetensors"], "b.safetensors"),

@@ -296,12 +296,11 @@ def make_base(config, folder):
 def evaluate_checkpoint(path, **given):
     """Held-out scores of a checkpoint beside its base's, alone and tutored; and by true answer."""
     path = path / "checkpoint.safetensors" if path.is_dir() else path
-    policy, _ = ptdpo.toy(ptdpo.Config(), trained=False)
-    state = ptdpo.read_checkpoint(path, policy)
-    given = {"eval_problems": 512} | given
+    state, given = ptdpo.open_checkpoint(path)[0], {"eval_problems": 512} | given
     run = "config" in state
     config = ptdpo.stored_config(path, **given) if run else ptdpo.make_config(given)
-    base, task = ptdpo.toy(config)
+    policy, (base, task) = ptdpo.toy(config, trained=False)[0], ptdpo.toy(config)
+    ptdpo.read_checkpoint(path, policy)
     problems = [task.problem(config.eval_split, 0, i) for i in range(config.eval_problems)]
     by_base = measure(base, task, config, state.get("layers", [0]), problems)
     grades = ptdpo.answer(policy, task, problems, 1, 0.0, ("greedy",)).grades
