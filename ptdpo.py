@@ -3,12 +3,14 @@
     python ptdpo.py --toy                                 GRPO and PTD-PO side by side, on a CPU
     python ptdpo.py --toy --method ptdpo --hint random --out runs/random    one arm, one change
     python ptdpo.py --eval runs/toy/ptdpo                 measure a run on held-out pictures
+    python ptdpo.py --model Qwen/Qwen2-VL-2B-Instruct     the same algorithm on a real model
     python ptdpo.py --help                                every flag; --help-metrics: every number
 
 The file goes through one training step, from top to bottom:
 
-    config > policy > rollout > advantage > reference > hint > tutored teacher > losses > update
-           > metrics, monitor > evaluation > training loop > checkpoint > command line
+    config > processes > policy > rollout > advantage > reference > hint > tutored teacher
+           > losses > update > metrics, monitor > evaluation > training loop > checkpoint
+           > vision-language models > command line
 
 Symbols: prompt x (picture and question), hint h, answer y sampled by the student;
 student p_t = pi_theta(. | x, y_<t); tutored teacher q_t = pi_ref(. | x, h, y_<t), the frozen base
@@ -27,6 +29,7 @@ acts on all groups, 6 sampling without top-p.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -38,6 +41,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -49,10 +53,10 @@ from safetensors.torch import save
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from toy_tasks import Problem
+from toy_tasks import Problem, UserError
 from toy_tasks.beside import Beside
 from toy_tasks.counting import Counting
-from toy_tasks.jsonl import spoils
+from toy_tasks.jsonl import PLACES, spoils, text_task
 
 TASKS = {"counting": Counting, "beside": Beside}
 HERE = Path(__file__).resolve().parent
@@ -106,10 +110,65 @@ class Config:
     eval_split: str = knob("validation", "held-out pictures", "validation", "test")
     eval_problems: int = knob(256, "how many held-out pictures", least=1)
     threads: int = knob(1, "CPU threads; another number rounds differently", least=1)
+    # vision-language models
+    model: str = knob("", "Qwen2-VL, Qwen2.5-VL or Qwen3-VL: a folder or a hub name")
+    data: str = knob("", "problems to train on, JSON lines (none: the toy, drawn large)")
+    eval_data: str = knob("", "held-out problems, JSON lines")
+    columns: str = knob("", "names in the lines: images=NAME,problem=NAME,answer=NAME,hint=NAME")
+    allow_outside: bool = knob(False, "let paths of pictures leave the folder of --data")
+    reward: str = knob("", "module:function of (problem, text) in place of the task's reward")
+    max_tokens: int = knob(512, "longest answer", least=1)
+    sample_batch: int = knob(128, "answers sampled at once: their cache has to fit", least=1)
+    max_pixels: int = knob(512 * 28 * 28, "larger pictures are shrunk, 0 = never", least=0)
+    lora: int = knob(0, "rank of adapters that learn in place of the weights", least=0)
+    train_vision: bool = knob(False, "let the vision tower learn")
+    checkpointing: bool = knob(False, "compute activations twice to save memory")
+    dtype: str = knob("auto", "precision: bfloat16 on a GPU", "auto", "bfloat16", "float32")
 
 
-class UserError(Exception):
-    """What the user can mend: main() prints it as one line and exits with 2."""
+# What --model changes in the defaults; with --lora the learning rate is 1e-5.
+MODEL_DEFAULTS = dict(lr=1e-6, steps=200, micro_batch=1, distill_weight=0.05, top_k=100,
+                      hint_regions=3, eval_every=10, eval_problems=128)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- processes
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+
+
+def connect():
+    """Join the other processes. Each samples and scores its share of the groups; all else, such as
+    weights of tokens and metrics, is computed on whole steps everywhere, as in one process."""
+    if RANKS > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
+
+
+def over_ranks(tensor, kind="SUM"):
+    """Sum (or MAX) of a tensor over all processes, in place."""
+    if RANKS > 1:
+        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, kind))
+    return tensor
+
+
+def by_rank_0(function):
+    """Writes and prints are the business of the first process."""
+    return function if RANK == 0 else lambda *_: None
+
+
+def own(groups):
+    """The share of this process in so many groups, as a slice."""
+    return slice(RANK * groups // RANKS, (RANK + 1) * groups // RANKS)
+
+
+def gather(rows, groups):
+    """Rows [n, ...] of the groups of this process -> rows of all groups."""
+    if RANKS == 1:
+        return rows
+    each = len(rows) // (own(groups).stop - own(groups).start)
+    whole = rows.new_zeros(groups * each, *rows.shape[1:])
+    whole[own(groups).start * each : own(groups).stop * each] = rows
+    return over_ranks(whole)
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -187,6 +246,10 @@ class Rollout:
             rows = {n: slice(at * n // B, to * n // B) for n in (B, N)}  # a field has B or N rows
             yield Rollout(**{k: v if v is None else v[rows[len(v)]] for k, v in vars(self).items()})
 
+    def mine(self):
+        """The groups of this process."""
+        return list(self.parts(count=RANKS))[RANK]
+
 
 def generator(*key):
     """A random stream that depends on its key alone, not on what was drawn before it."""
@@ -204,7 +267,8 @@ def answer(policy, task, problems, group, temperature, key, hints=None):
     prompts = [policy.encode(p, h) for p, h in zip(problems, hints)]
     streams = [generator(*key, b, g) for b in range(B) for g in range(group)]
     noise = [torch.rand(task.max_tokens, generator=s, dtype=torch.double) for s in streams]
-    completion = policy.sample(prompts, torch.stack(noise), temperature)
+    noise = torch.stack(noise).view(B, group, -1)[own(B)].flatten(0, 1)
+    completion = gather(policy.sample(prompts[own(B)], noise, temperature), B)
     stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=completion.device))
     mask = stop.cumsum(1) - stop.long() == 0  # by the first stop token, never by a pad's value
     lengths = (mask & ~stop).sum(1).tolist()
@@ -235,17 +299,21 @@ def read_reference(ref, rollout, config, layers):
     Fills logp_ref [N, T] and relevance [B, R]: attention of the rows that *predict* answer tokens,
     mean over the G answers of a group, whatever their rewards. Returns it by layer [L, B, R].
     """
-    rollout.logp_ref, looks = torch.zeros(rollout.mask.shape, device=rollout.mask.device), []
-    for part in rollout.parts(config.micro_batch):  # its tensors are views of the rollout's
+    B, R = len(rollout.prompts), max(len(ref.region_names(p)) for p in rollout.prompts)
+    rollout.logp_ref = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
+    rollout.relevance = rollout.logp_ref.new_zeros(B, len(layers), R)
+    for part in rollout.mine().parts(config.micro_batch):  # its tensors are views of the rollout's
         hidden, attention = ref.forward(part.prompts, part.completion, part.mask, layers)
         tokens = (hidden[part.mask], ref.head_weight, part.completion[part.mask])
         over = {"temperature": config.temperature, "suppress_ids": ref.suppress_ids}
         part.logp_ref[part.mask] = token_stats(*tokens, **over)[0]
-        looks += [attention.unflatten(1, (len(part.problems), -1)).mean(2)] if layers else []
-    if layers:
-        by_layer = torch.cat(looks, 1)
-        rollout.relevance = by_layer.mean(0)
-        return by_layer
+        if layers:  # a part may have fewer regions than the whole: fewer pictures
+            looks = attention.unflatten(1, (len(part.problems), -1)).mean(2).transpose(0, 1)
+            part.relevance[..., : looks.shape[-1]] = looks
+    over_ranks(rollout.logp_ref)
+    by_layer = over_ranks(rollout.relevance).transpose(0, 1) if layers else None
+    rollout.relevance = by_layer.mean(0) if layers else None
+    return by_layer
 
 
 def recall(regions, targets):
@@ -318,6 +386,7 @@ def tutor(ref, rollout, config):
     rollout.distill = torch.ones_like(failed) if config.distill_on == "all" else failed
     rollout.teacher = ref.head_weight.new_zeros(*rollout.mask.shape, ref.head_weight.shape[1])
     groups = rollout.distill.view(-1, G).any(1).nonzero()[:, 0].tolist()
+    groups = groups[own(len(groups))]
     for some in (groups[i : i + size] for i in range(0, len(groups), size)):
         plain = [rollout.prompts[b] for b in some]
         asked = [(rollout.problems[b], rollout.hints[b].text) for b in some]
@@ -325,6 +394,7 @@ def tutor(ref, rollout, config):
         assert all(t.pixels is p.pixels for t, p in zip(tutored, plain))
         rows = torch.cat([torch.arange(b * G, b * G + G) for b in some])
         rollout.teacher[rows] = ref.forward(tutored, rollout.completion[rows])[0]
+    over_ranks(rollout.teacher)
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -573,30 +643,35 @@ def update(policy, ref, optimizer, rollout, config, distill_weight):
     Returns values of each token [N, T] by name, and the mean norm of the gradients. An update with
     a loss or a gradient that is not finite is skipped, and the rollout told so.
     """
-    values, norms, skipped = [], [], []
+    whole, norms, skipped = [], [], []
+    learned = [p for p in policy.parameters() if p.requires_grad]
     if config.updates_per_batch > 1:  # the later updates see a policy that has moved
         weigh_tokens(rollout, config, distill_weight)
         with torch.no_grad():
-            old = [total_loss(policy, ref, p, config)[1] for p in rollout.parts(config.micro_batch)]
-        rollout.logp_old = torch.cat([tokens["logp"] for tokens in old])
+            parts = rollout.mine().parts(config.micro_batch)
+            old = [total_loss(policy, ref, part, config)[1]["logp"] for part in parts]
+        rollout.logp_old = gather(torch.cat(old), len(rollout.problems))
     for share in rollout.parts(count=config.updates_per_batch):
         weigh_tokens(share, config, distill_weight)
         optimizer.zero_grad()
-        broken = []
-        for part in share.parts(config.micro_batch):
-            loss, tokens = total_loss(policy, ref, part, config)
-            loss.backward()
-            values.append({name: v.detach() for name, v in tokens.items()})
-            suspects = [*tokens.items(), ("loss", loss)]
-            broken += [name for name, v in suspects if not v.isfinite().all()]
-        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip_norm).item())
+        values, loss = [], 0
+        for part in share.mine().parts(config.micro_batch):
+            summand, tokens = total_loss(policy, ref, part, config)
+            summand.backward()
+            loss += summand.detach()
+            values.append(torch.stack([v.detach() for v in tokens.values()], 1))  # [n, 4, T]
+        whole.append(gather(torch.cat(values), len(share.problems)))
+        suspects = [*zip(tokens, whole[-1].unbind(1)), ("loss", over_ranks(loss))]
+        broken = [name for name, v in suspects if not v.isfinite().all()]
+        for p in learned:
+            over_ranks(p.grad)
+        norms.append(torch.nn.utils.clip_grad_norm_(learned, config.clip_norm).item())
         if broken or not math.isfinite(norms[-1]):
             skipped += [*broken, "gradient"]
         else:
             optimizer.step()
     rollout.skipped = next(iter(skipped), None)
-    whole = {name: torch.cat([v[name] for v in values]) for name in values[0]}
-    return whole, sum(norms) / len(norms)
+    return dict(zip(tokens, torch.cat(whole).unbind(1))), sum(norms) / len(norms)
 
 
 # ---------------------------------------------------------------------------- metrics and monitor
@@ -701,11 +776,12 @@ def judge(problems, grades):
     """Held-out scores of one answer a problem; the last two None where targets are unknown."""
     rows = []
     for problem, g in zip(problems, grades):
-        named, true = set(g.points), set(problem.targets or [])
+        named, true = set(g.points or []), set(problem.targets or [])
         f1 = 2 * len(named & true) / max(1, len(named) + len(true))
         rows.append((float(g.solved), f1, float(g.solved and named == true)))
     accuracy, *pointing = (sum(column) / len(rows) for column in zip(*rows))
-    f1, right = pointing if problems[0].targets is not None else (None, None)
+    known = problems[0].targets is not None and grades[0].points is not None
+    f1, right = pointing if known else (None, None)
     return {"accuracy": accuracy, "point_f1": f1, "right_reason": right}
 
 
@@ -722,12 +798,17 @@ STOP = []  # signals received: the step in progress is finished and saved first
 def train(policy, task, config, folder, resume=False):
     """The training loop. All that a run leaves is in `folder`; README lists it."""
     ref = policy.frozen_copy()
-    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=config.weight_decay)
-    held_out = [task.problem(config.eval_split, 0, i) for i in range(config.eval_problems)]
+    learned = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, config.lr, weight_decay=config.weight_decay)
+    count = min(config.eval_problems, task.held_out)
+    if min(config.prompts // config.updates_per_batch, count) < RANKS:
+        raise UserError(f"{RANKS} processes: each needs a prompt an update, and a held-out problem")
+    held_out = [task.problem(config.eval_split, 0, i) for i in range(count)]
     begin = load_run if resume else start_run
     state = begin(folder, policy, optimizer, task, config, held_out)
     monitor, layers = Monitor(**state["monitor"]), state["layers"] * (config.method == "ptdpo")
-    for step in tqdm(range(state["step"] + 1, config.steps + 1), config.method, disable=None):
+    quiet, steps = RANK > 0 or None, range(state["step"] + 1, config.steps + 1)
+    for step in tqdm(steps, config.method, disable=quiet):
         began, key, first = time.perf_counter(), (config.seed, step), step * config.prompts
         problems = [task.problem("train", config.seed, first + b) for b in range(config.prompts)]
         rollout = answer(policy, task, problems, config.group, config.temperature, key)
@@ -742,21 +823,22 @@ def train(policy, task, config, folder, resume=False):
         row = {"step": step, **step_metrics(rollout, tokens, norm)}
         chance = config.hint_regions / len(policy.region_names(rollout.prompts[0]))
         warnings = monitor.watch(row, chance)
+        stop = over_ranks(torch.tensor(max(STOP, default=0)), "MAX").item()  # all, or none
         due = step % config.eval_every == 0 or step in (1, config.steps)
         row |= evaluate(policy, task, held_out) if due else dict.fromkeys(state["base"])
         log(folder / "metrics.jsonl", row | {"seconds": time.perf_counter() - began})
         if due:
             log(folder / "samples.jsonl", sample_row(policy, rollout, tokens, step))
-        if due or STOP:
+        if due or stop:
             sizes = {name: (folder / name).stat().st_size for name in LOGS}
             state |= {"step": step, "monitor": asdict(monitor), "sizes": sizes}
             write_checkpoint(folder / "checkpoint.safetensors", state, policy, optimizer)
         report(config.method, row, warnings)
         if monitor.skipped >= config.max_skipped:
             raise UserError(f"{folder}: {warnings[0]}; {monitor.skipped} steps in a row, stopped")
-        if STOP:
+        if stop:
             tqdm.write(f"stopped after step {step}: python ptdpo.py --resume {folder}")
-            raise SystemExit(128 + STOP[0])
+            raise SystemExit(128 + stop)
 
 
 def provenance():
@@ -799,6 +881,7 @@ def load_run(folder, policy, optimizer, _task, config, _held_out):
     return state | {"config": asdict(config)}  # --steps may have changed
 
 
+@by_rank_0
 def log(path, row):
     """Append a row to a JSONL file, null for what is not finite, and see it on the disk."""
     row = json.loads(json.dumps(row), parse_constant=lambda _: None)
@@ -819,10 +902,12 @@ def sample_row(policy, rollout, tokens, step):
     row |= {"rewards": rollout.reward[:G].tolist(), "solved": rollout.solved[:G].tolist()}
     row |= {"jsd": [v[:n].tolist() for v, n in zip(tokens["jsd"], lengths)], "hint": None}
     if rollout.hints:
-        row |= {"hint": asdict(rollout.hints[0]), "relevance": rollout.relevance[0].tolist()}
+        looks = rollout.relevance[0, : len(policy.region_names(rollout.prompts[0]))]
+        row |= {"hint": asdict(rollout.hints[0]), "relevance": looks.tolist()}
     return row
 
 
+@by_rank_0
 def report(method, row, warnings):
     """Rows with an evaluation, and warnings, for the terminal."""
     if row["accuracy"] is not None:
@@ -843,6 +928,7 @@ def checksum(tensors, text=""):
     return digest.hexdigest()
 
 
+@by_rank_0
 def write_whole(path, data):
     """Written aside, synced, renamed: whenever the process dies, one whole file is in place."""
     aside = path.with_suffix(".tmp")
@@ -858,8 +944,9 @@ def write_whole(path, data):
 
 def live_tensors(policy, optimizer):
     """All tensors of a checkpoint by name, not copies; AdamW is begun, at 0, if it had not."""
-    live = {f"policy.{name}": p.detach() for name, p in policy.named_parameters()}
-    for name, p in policy.named_parameters() if optimizer else ():
+    learned = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    live = {f"policy.{name}": p.detach() for name, p in learned.items()}
+    for name, p in learned.items() if optimizer else ():
         begin = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
         begin |= {"exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = optimizer.state[p] or begin
@@ -867,6 +954,7 @@ def live_tensors(policy, optimizer):
     return live
 
 
+@by_rank_0
 def write_checkpoint(path, state, policy, optimizer=None):
     """One file: weights, state of AdamW, `state` as JSON, a checksum. Nothing is pickled."""
     tensors, text = live_tensors(policy, optimizer), json.dumps(state)
@@ -915,6 +1003,263 @@ def stored_config(path, **changes):
     return make_config(state["config"] | changes)
 
 
+# ------------------------------------------------------------------------- vision-language models
+@dataclass
+class HFPrompt:
+    """One encoded prompt. Prompts about the same pictures share the tensors."""
+
+    ids: list
+    pixels: torch.Tensor | None  # [patches of all pictures, values of a patch]
+    grid: torch.Tensor | None  # [pictures, 3]: frames, rows, columns of patches
+
+
+def packed_attention(module, query, key, value, seen, own=None, probe=None, scaling=None, **kw):
+    """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T tokens of answer G.
+
+    seen [B, 1, P, P]: prompt on itself; own [N, 1, T, P + T]: answers on the prompt and their past.
+    Two calls, not one with a block mask: no [S, S] table, no work on pairs blind to each other.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend, P = ALL_ATTENTION_FUNCTIONS["sdpa"], seen.shape[-1]
+    if own is None:  # sampling, where the cache is repeated instead
+        return attend(module, query, key, value, seen, scaling=scaling, **kw)
+    # Every answer becomes a row of its own, with the keys of its prompt put before its own.
+    G, qkv = len(own) // len(query), (query, key, value)
+    shared = [x[:, :, :P] for x in qkv]
+    mine = [x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1) for x in qkv]
+    pairs = zip(shared[1:], mine[1:])
+    k, v = (torch.cat([x.repeat_interleave(G, 0), y], 2) for x, y in pairs)  # [N, heads, P + T, D]
+    if probe is not None:
+        probe(module.layer_idx, mine[0].detach(), k.detach(), scaling)
+    prompt = attend(module, *shared, seen, scaling=scaling, **kw)[0]
+    answer = attend(module, mine[0], k, v, own, scaling=scaling, **kw)[0]  # [N, T, heads, D]
+    return torch.cat([prompt, answer.unflatten(0, (-1, G)).flatten(1, 2)], 1), None
+
+
+def read_attention(q, k, own, mask, scale):
+    """Attention of q on the prompt, mean of heads and of the places in mask: float32 [N, P]."""
+    looks = []
+    with torch.autocast(q.device.type, enabled=False):
+        for q_n, k_n, seen, m in zip(q, k, own, mask.float()):  # one by one, to save memory
+            heads = q_n.float().unflatten(0, (len(k_n), -1))  # those that share keys, together
+            score = torch.einsum("khtd,ksd->khts", heads, k_n.float()) * scale
+            weight = score.masked_fill(~seen, -math.inf).softmax(-1).mean((0, 1))
+            looks.append(m @ weight / m.sum().clamp_min(1))
+    return torch.stack(looks)[:, : -mask.shape[1]]
+
+
+class HFPolicy(torch.nn.Module):
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL behind the `Policy` protocol.
+
+    Without adapters the weights are float32 and computed with in `dtype` (autocast): steps of 1e-6
+    would be lost in bfloat16 weights. With adapters only those are float32; the base is frozen.
+    """
+
+    def __init__(self, config):
+        """Load --model, and settle what of it learns."""
+        from toy_tasks.hub import load_model
+
+        super().__init__()
+        gpu = torch.cuda.is_available()
+        kind = {"auto": "bfloat16" if gpu else "float32"}.get(config.dtype, config.dtype)
+        self.dtype, self.lora, self.frozen = getattr(torch, kind), config.lora > 0, False
+        self.processor, self.model = load_model(config, self.dtype, packed_attention)
+        self.model.to("cuda" if gpu else "cpu").eval()
+        # peft has frozen the rest; without it everything learns but, by default, the vision tower.
+        self.base.model.visual.requires_grad_(config.train_vision and not self.lora)
+        self.checkpointing, self.sample_batch = config.checkpointing, config.sample_batch
+        settings = self.base.config
+        self.num_layers = settings.text_config.num_hidden_layers
+        self.merge = settings.vision_config.spatial_merge_size
+        self.image_id, video_id = settings.image_token_id, settings.video_token_id
+        self.suppress_ids = [self.image_id, video_id]
+        # An answer may end with the end of a turn or of a text; the first fills up what follows.
+        ends = self.base.generation_config.eos_token_id or []
+        ends = ends if isinstance(ends, list) else [ends]
+        self.stop_ids = list(dict.fromkeys([self.processor.tokenizer.eos_token_id, *ends]))
+        # Logits are float32 in sampling and in the losses: a bfloat16 head would give log-probs of
+        # two digits. Frozen under adapters, it is held in float32 as well.
+        self.head = self.base.lm_head.weight.detach().float() if self.lora else None
+
+    @property
+    def base(self):
+        """The model of transformers, with the adapters inside its layers, if any."""
+        return self.model.get_base_model() if self.lora else self.model
+
+    @property
+    def head_weight(self):
+        """The language head [V, H] in float32."""
+        return self.head if self.lora else self.model.lm_head.weight
+
+    def text(self, ids):
+        """Ids as text, without special tokens."""
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def frozen_copy(self):
+        """The reference. With adapters: this very model with them off, no second set of weights."""
+        ref = copy.copy(self)  # shares tokenizer and settings
+        ref._modules, ref.frozen = dict(self._modules), True
+        if not self.lora:
+            ref.model = copy.deepcopy(self.model).requires_grad_(False)
+            for module in ref.model.model.modules():
+                if isinstance(module, torch.nn.Linear):  # autocast would round it at every call
+                    module.to(self.dtype)
+        return ref
+
+    @contextmanager
+    def running(self):
+        """Around a pass: precision, adapters off in the reference, checkpointing for gradients."""
+        with ExitStack() as stack:
+            if self.frozen and self.lora:
+                stack.enter_context(self.model.disable_adapter())
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.base.device.type, self.dtype))
+            if self.checkpointing:  # in training mode it drops the cache, which sampling needs
+                self.model.train(torch.is_grad_enabled())
+            yield
+
+    def encode(self, problem, hint="", like=None):
+        """Pictures, question, hint -> HFPrompt by the chat template. `like` lends its pixels."""
+        content = [{"type": "image"} for _ in problem.images]
+        content.append({"type": "text", "text": f"{problem.question}\n\n{hint}".strip()})
+        message = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(message, add_generation_prompt=True)
+        pixels, grid = (like.pixels, like.grid) if like is not None else (None, None)
+        if like is None and problem.images:
+            seen = self.processor.image_processor(images=problem.images, return_tensors="pt")
+            pixels, grid = seen["pixel_values"], seen["image_grid_thw"]
+        # The template marks each picture by one token; the model wants one for each of its tokens.
+        sizes = [] if grid is None else (grid.prod(1) // self.merge**2).tolist()
+        mark = self.processor.tokenizer.convert_ids_to_tokens(self.image_id)
+        first, *rest = text.split(mark)
+        if len(rest) != len(sizes):
+            raise UserError(f"a problem contains {mark}, which stands for a picture; remove it")
+        text = first + "".join(mark * n + after for n, after in zip(sizes, rest))
+        return HFPrompt(self.processor.tokenizer(text)["input_ids"], pixels, grid)
+
+    def pack(self, prompts):
+        """Prompts, padded on the left, and all their pictures as inputs of the model; which tokens
+        are no padding, bool [B, P]; and the position of the first answer token [B]."""
+        P, device = max(len(p.ids) for p in prompts), self.base.device
+        ids = torch.tensor([[self.stop_ids[0]] * (P - len(p.ids)) + p.ids for p in prompts])
+        real = torch.tensor([[0] * (P - len(p.ids)) + [1] * len(p.ids) for p in prompts])
+        pictured = [p for p in prompts if p.grid is not None]
+        grid = torch.cat([p.grid for p in pictured]) if pictured else None
+        # A picture takes as many positions as its longer side has tokens: fewer than columns.
+        kinds = (ids == self.image_id).long()
+        positions, shift = self.base.model.get_rope_index(ids, kinds, grid, attention_mask=real)
+        start, real = real.sum(1) + shift[:, 0], real.bool()
+        eye = torch.eye(P, dtype=torch.bool)  # padding sees itself: a row that sees nothing is NaN
+        seen = (torch.ones_like(eye).tril() & real[:, None] | eye)[:, None]
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": seen}
+        if pictured:
+            pixels = torch.cat([p.pixels for p in pictured])
+            inputs |= {"pixel_values": pixels, "image_grid_thw": grid}
+        inputs = {name: x.to(device) for name, x in inputs.items()}
+        return inputs, real.to(device), start.to(device)
+
+    @torch.no_grad()
+    def sample(self, prompts, uniforms, temperature):
+        """Answers [N, T] by uniforms [N, T], stop_ids[0] after the end; temperature 0 is greedy.
+
+        Pictures and prompts are read once, then the cache is repeated for the group.
+        """
+        G, half = len(uniforms) // len(prompts), len(prompts) // 2
+        if half and len(uniforms) > self.sample_batch:
+            one = self.sample(prompts[:half], uniforms[: half * G], temperature)
+            return torch.cat([one, self.sample(prompts[half:], uniforms[half * G :], temperature)])
+        with self.running():
+            inputs, real, start = self.pack(prompts)
+            out = self.base.model(**inputs, use_cache=True)  # B rows, for all N answers
+            cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
+            cache.batch_repeat_interleave(G)
+            hidden, real, start = (x.repeat_interleave(G, 0) for x in (hidden, real, start))
+            return self.decode(hidden, cache, real, start, uniforms.to(real.device), temperature)
+
+    def decode(self, hidden, cache, real, start, uniforms, temperature):
+        """One token at a time from the hidden states [N, H] of the last prompt column."""
+        (N, P), T = real.shape, uniforms.shape[1]
+        seen = torch.cat([real, real.new_ones(N, T)], 1)[:, None, None]
+        stop = torch.tensor(self.stop_ids, device=real.device)
+        answer, done = stop[0].repeat(N, T), torch.zeros_like(real[:, 0])
+        for t in range(T):
+            with torch.autocast(real.device.type, enabled=False):
+                logits = hidden.float() @ self.head_weight.T
+            logits[:, self.suppress_ids] = -math.inf  # they would be taken for pictures
+            token = logits.argmax(-1)
+            if temperature > 0:  # `<=`, lest u = 0 take a token of probability 0
+                total = (logits.double() / temperature).softmax(-1).cumsum(-1)
+                token = (total <= uniforms[:, t, None] * total[:, -1:]).sum(-1)
+            answer[:, t] = torch.where(done, answer[:, t], token)
+            done |= torch.isin(token, stop)
+            if done.all() or t == T - 1:
+                return answer
+            step = {"input_ids": answer[:, t, None], "attention_mask": seen[..., : P + t + 1]}
+            step["position_ids"] = (start + t)[None, :, None].expand(3, -1, -1)
+            out = self.base.model(**step, past_key_values=cache, use_cache=True)
+            hidden = out.last_hidden_state[:, 0]
+
+    def forward(self, prompts, completion, mask=None, layers=()):
+        """Teacher-forced: hidden float32 [N, T, H] after the last norm, and attention on regions.
+
+        One packed row a prompt, in which each answer begins with a copy of the last prompt token,
+        the one that predicts its first. Columns behind the longest answer are 0 and cost nothing.
+        """
+        used = int((completion != self.stop_ids[0]).sum(1).max()) + 1  # columns, the end included
+        full, completion = completion.shape[1], completion[:, :used]
+        with self.running():
+            inputs, real, start = self.pack(prompts)
+            ids, positions = inputs["input_ids"], inputs["position_ids"]
+            (N, T), B, P = completion.shape, len(ids), ids.shape[1] - 1
+            G, device, looks = N // B, ids.device, {}
+            answers = torch.cat([ids[:, P:].repeat_interleave(G, 0), completion[:, :-1]], 1)
+            places = start[:, None] - 1 + torch.arange(T, device=device).repeat(G)
+            # What an answer sees: the prompt but for padding, and its own tokens up to this one.
+            past = torch.ones(T, T, dtype=torch.bool, device=device).tril().expand(N, -1, -1)
+            before = real[:, None, :P].expand(-1, T, -1).repeat_interleave(G, 0)
+            own = torch.cat([before, past], 2)[:, None]
+
+            def probe(layer, q, k, scale):
+                """Called by packed_attention, layer by layer."""
+                if layer in layers:
+                    looks[layer] = read_attention(q, k, own, mask[:, :T], scale)
+
+            # The positions are explicit: every answer goes on where the prompt ends.
+            inputs["input_ids"] = torch.cat([ids[:, :P], answers.view(B, -1)], 1)
+            inputs["position_ids"] = torch.cat([positions[..., :P], places.expand(3, -1, -1)], 2)
+            inputs["attention_mask"] = inputs["attention_mask"][..., :P, :P]
+            inputs |= {"own": own, "probe": probe if layers else None, "use_cache": False}
+            hidden = self.base.model(**inputs).last_hidden_state[:, P:].reshape(N, T, -1).float()
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, full - T))
+        if not layers:
+            return hidden, None
+        looks = torch.stack([looks[i] for i in layers]).unflatten(1, (B, G))
+        regions = self.regions(prompts, P).to(device)
+        return hidden, torch.einsum("lbgp,bpr->lbgr", looks, regions).flatten(1, 2)
+
+    def region_names(self, prompt):
+        """Nine places a picture, with the number of the picture if there are several."""
+        n = 0 if prompt.grid is None else len(prompt.grid)
+        return [f"picture {k + 1}: {p}" if n > 1 else p for k in range(n) for p in PLACES]
+
+    def regions(self, prompts, P):
+        """Weights [B, P, R] of prompt columns in regions, R for the most pictures of a prompt.
+
+        A region gets the *mean* of its tokens: thirds differ in size when a side is no multiple of
+        three, and a sum would favour the larger. A third that holds no token's centre gets 0.
+        """
+        table = torch.zeros(len(prompts), P, max(len(self.region_names(p)) for p in prompts))
+        for b, p in enumerate(prompts):
+            at = P + 1 - len(p.ids) + (torch.tensor(p.ids) == self.image_id).nonzero()[:, 0]
+            for n, (_, *sides) in enumerate([] if p.grid is None else p.grid // self.merge):
+                # the third that holds the centre (i + 1/2) / side of token i
+                row, column = ((6 * torch.arange(side) + 3) // (2 * side) for side in sides)
+                place = (9 * n + 3 * row[:, None] + column).flatten()
+                table[b, at[: len(place)], place], at = 1, at[len(place) :]
+        return table / table.sum(1, keepdim=True).clamp_min(1)
+
+
 # ----------------------------------------------------------------------------------- command line
 def parse(argv):
     """Command line -> the given flags by name; nothing is filled in."""
@@ -928,12 +1273,16 @@ def parse(argv):
     todo.add_argument("--explain", metavar="DIR", type=Path, nargs="?", help="tell one step")
     todo.add_argument("--reproduce", metavar="NAME", help="an experiment of the paper, or: all")
     todo.add_argument("--plot", metavar="DIR", type=Path, nargs="+", help="redraw DIR/curves.png")
+    todo.add_argument("--calibrate", action="store_true", help="rank the layers of --model")
+    todo.add_argument("--save-hf", metavar=("RUN", "DIR"), type=Path, nargs=2,
+                      help="write the model of a run as a folder of transformers")  # fmt: skip
     todo.add_argument("--help-metrics", action="store_true", help="what each number means")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="a new run (default runs/toy)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="a new run (default runs/NAME)")
     parser.add_argument("--seeds", type=int, help="seeds of --reproduce, from 200 on (default 10)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     for f in fields(Config):
-        flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default {f.default})"
+        flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default {f.default}"
+        text += f", --model: {MODEL_DEFAULTS[f.name]})" if f.name in MODEL_DEFAULTS else ")"
         kind = {"type": f.type, "choices": f.metadata["choices"] or None}
         if f.name == "method":
             kind, text = kind | {"choices": ("both", "grpo", "ptdpo")}, f"{text}; --toy: both"
@@ -950,6 +1299,8 @@ def usage_error(message):
 
 def make_config(given):
     """Config from flags by name, each checked."""
+    if given.get("model"):
+        given = MODEL_DEFAULTS | ({"lr": 1e-5} if given.get("lora") else {}) | given
     config = Config(**{f.name: given[f.name] for f in fields(Config) if f.name in given})
     for f in fields(Config):
         value, least = getattr(config, f.name), f.metadata["least"]
@@ -972,6 +1323,14 @@ def toy(config, trained=True):
     return policy, task
 
 
+def setup(config, task=None):
+    """Policy and task of a run. Bad data are found before a model is loaded."""
+    if not config.model:
+        return toy(config)
+    task = task or text_task(config)
+    return HFPolicy(config), task
+
+
 def runs_in(folder):
     """The run in a folder, or the runs one level below it."""
     found = [p.parent for p in (*folder.glob("run.json"), *sorted(folder.glob("*/run.json")))]
@@ -985,12 +1344,13 @@ def runs_in(folder):
     return found
 
 
-def run(config, folder, resume):
+def run(config, folder, resume, task=None):
     """Train one run; a signal lets it finish its step and save."""
+    connect()
     STOP.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: STOP.append(n))
-    train(*toy(config), config, folder, resume)
+    train(*setup(config, task), config, folder, resume)
 
 
 def guard(action, *args):
@@ -1000,6 +1360,9 @@ def guard(action, *args):
         return 0
     except UserError as error:
         text = str(error)
+    except torch.OutOfMemoryError:
+        text = """the GPU is full: add --checkpointing or --lora 16, or lower --sample-batch,
+            --max-tokens, --max-pixels or --micro-batch"""
     except OSError as error:
         text = f"{error.filename or 'disk'}: {error.strerror}; give a path that works, with room"
     except KeyboardInterrupt:
@@ -1028,24 +1391,40 @@ def side_by_side(runs):
 
 
 def train_command(given):
-    """--toy and --resume: one run, or two side by side -> folder of the runs, task."""
+    """--toy, --model and --resume: one run or two -> folder of the runs, task."""
     if "resume" in given:
         changes = {"steps": given["steps"]} if "steps" in given else {}
         found = [(f, f / "checkpoint.safetensors") for f in runs_in(given["resume"])]
         runs = [(stored_config(path, **changes), f, True) for f, path in found]
     else:
-        method = given.get("method", "both")
+        method = given.get("method", "ptdpo" if "model" in given else "both")
         methods = ["grpo", "ptdpo"] if method == "both" else [method]
-        out = given.get("out", Path("runs/toy"))
+        out = given.get("out", Path("runs") / Path(given.get("model", "toy")).name)
         runs = [(make_config(given | {"method": m}), out / m, False) for m in methods]
-    toy(runs[0][0])  # a missing base is found before anything is written
+    config = runs[0][0]  # a missing base or bad data are found before anything is written
+    task = text_task(config) if config.model else toy(config)[1]
     for _, folder, resume in runs:
         if (folder / "run.json").exists() and not resume and "overwrite" not in given:
             raise UserError(f"{folder} holds a run: add --overwrite, or give another --out")
     for _, folder, _ in runs:
         folder.mkdir(parents=True, exist_ok=True)
-    run(*runs[0]) if len(runs) == 1 else side_by_side(runs)
-    return runs[0][1].parent, toy(runs[0][0], trained=False)[1]
+    if len(runs) > 1 and not config.model and RANKS == 1:
+        side_by_side(runs)
+    else:
+        for one in runs:
+            run(*one, task)
+    return runs[0][1].parent, task
+
+
+HEEDED = {
+    "resume": {"steps"},
+    "eval": {"eval_split", "eval_problems"},
+    "plot": set(),
+    "save_hf": set(),
+}
+
+
+HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems"}, "plot": set()}
 
 
 HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems", "task"}, "plot": set()}
@@ -1053,7 +1432,7 @@ HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems", "task"}, 
 
 def command(argv):
     """Do what the command line says."""
-    from toy_tasks import reproduce
+    from toy_tasks import hub, reproduce
 
     given = parse(argv)
     for action, others in HEEDED.items():
@@ -1074,8 +1453,16 @@ def command(argv):
         reproduce.evaluate_checkpoint(given.pop("eval"), **given)
     elif "warm_start" in given:
         reproduce.make_base(make_config(given), given.get("out", Path("runs/base")))
-    elif "toy" in given or "resume" in given:
-        reproduce.finish(*train_command(given))
+    elif "save_hf" in given:
+        hub.save_run(*given["save_hf"])
+    elif "calibrate" in given:
+        hub.calibrate_layers(make_config(given), given.get("out", Path("runs/calibration")))
+    elif "toy" in given and "model" in given:
+        raise UserError("--toy and --model: choose one")
+    elif given.keys() & {"toy", "model", "resume"}:
+        folder, task = train_command(given)
+        if RANK == 0:
+            reproduce.finish(folder, task)
     else:
         raise UserError("say what to do, for example --toy; see python ptdpo.py --help")
 

@@ -39,7 +39,7 @@ def test_file_table_and_tree():
 
 def test_flags_exist():
     """Whatever README says about ptdpo.py, the parser knows the flags."""
-    known = {"--index-url", "--help"}  # of pip, and of every parser
+    known = {"--index-url", "--help", "--nproc-per-node"}  # of pip, every parser, torchrun
     known |= {f"--{f.name.replace('_', '-')}" for f in fields(ptdpo.Config)}
     source = (ROOT / "ptdpo.py").read_text()
     known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source))

@@ -399,7 +399,7 @@ def test_steps_that_spoil_are_left_out_and_counted(task, policy):
 class ColourTask:
     """Stub: which colour has the only square? Own words, own pictures, a reward for the form."""
 
-    max_tokens = 3
+    max_tokens, held_out = 3, 99
     colours = ("red", "green", "blue")
     places = ("north-west", "north-east", "south-west", "south-east")
 

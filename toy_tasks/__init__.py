@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 
+class UserError(Exception):
+    """What the user can mend: main() prints it as one line and exits with 2."""
+
+
 @dataclass
 class Problem:
     """A question about pictures, with what only grading and measuring may see."""
@@ -25,13 +29,14 @@ class Grade:
 
     reward: float
     solved: bool
-    points: list = field(default_factory=list)  # regions that the answer named
+    points: list | None = field(default_factory=list)  # regions named; None: answers name none
 
 
 class Task(Protocol):
     """What a task must offer."""
 
     max_tokens: int  # longest answer
+    held_out: float  # how many problems a split other than train has, perhaps math.inf
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
         """A function of the three alone; splits (train, validation, test, ...) share no problem."""

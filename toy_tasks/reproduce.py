@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -65,30 +66,35 @@ def plot_tutoring(folder, task, path):
     if not failed:
         return
     row, g = failed[0]
-    picture, jsd = task.problem("train", seed, row["index"]).images[0], row["jsd"][g]
+    images, jsd = task.problem("train", seed, row["index"]).images, row["jsd"][g][:40]
+    (picture, *_), R = images, len(row["relevance"]) // len(images)  # regions of the first picture
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.imshow(picture)
-    left.set_title(f"{row['question']} {row['answer']}. Answered:\n{row['texts'][g]}", fontsize=9)
+    asked, text = row["question"].split("\n")[0][:80], row["texts"][g][:80]
+    left.set_title(f"{asked} {row['answer']}. Answered:\n{text}", fontsize=9, parse_math=False)
     left.axis("off")
-    show_attention(middle, picture, row["relevance"], row["hint"]["regions"])
+    show_attention(middle, picture, row["relevance"][:R], row["hint"]["regions"])
     shades = [(1, 1 - min(1, v / math.log(2)), 0.3) for v in jsd]
     right.barh(range(len(jsd)), jsd, color=shades, edgecolor="grey")
-    right.set_yticks(range(len(jsd)), row["tokens"][g])
+    right.set_yticks(range(len(jsd)), row["tokens"][g][:40], parse_math=False)
     right.invert_yaxis()
     right.set_title("JSD of each token, student against tutored teacher", fontsize=9)
-    figure.savefig(path, dpi=80)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # signs that the font lacks
+        figure.savefig(path, dpi=80)
 
 
 def show_attention(axis, picture, relevance, regions):
     """A picture under its relevance map [R], R a square grid, with the hinted regions framed."""
-    side, edge = math.isqrt(len(relevance)), picture.width
+    side = math.isqrt(len(relevance))
+    width, height = picture.width / side, picture.height / side
     axis.imshow(picture)
     heat = torch.as_tensor(relevance)[: side * side].view(side, side).numpy()
-    axis.imshow(heat, extent=(0, edge, edge, 0), cmap="inferno", alpha=0.6)
-    for r in regions:
-        corner = (r % side * edge / side, r // side * edge / side)
-        axis.add_patch(Rectangle(corner, edge / side, edge / side, fill=False, edgecolor="white"))
+    axis.imshow(heat, extent=(0, picture.width, picture.height, 0), cmap="inferno", alpha=0.6)
+    for r in (r for r in regions if r < side * side):
+        corner = (r % side * width, r // side * height)
+        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white"))
     axis.set_title("where its own answers looked\nwhite: hinted to the teacher", fontsize=9)
     axis.axis("off")
 
@@ -248,20 +254,24 @@ def finish(folder, task):
     print(f"drawn: {folder}/curves.png, and a tutored failure: {folder}/tutoring.png")
 
 
-def measure(policy, task, config, layers, problems):
+KINDS = [("attention", parts) for parts in ("both", "where", "steps")]
+KINDS += [(source, "both") for source in ("votes", "random", "oracle", "answer")]
+
+
+def measure(policy, task, config, layers, problems, kinds=KINDS):
     """What a policy solves alone and with each kind of hint, and the recall of those hints."""
     key = ("measure", 0)
     rollout = ptdpo.answer(policy, task, problems, config.group, config.temperature, key)
     ptdpo.read_reference(policy, rollout, config, layers)
     found = {"alone": ptdpo.evaluate(policy, task, problems)}
     found["groups_all_failed"] = (rollout.solved_share == 0).float().mean().item()
-    for source in ("attention", "votes", "random", "oracle", "answer"):
-        for parts in ("both", "where", "steps") if source == "attention" else ("both",):
-            changed = replace(config, hint=source, hint_parts=parts)
-            hints = ptdpo.build_hints(policy, task, rollout, changed, key)
-            recalls = [ptdpo.recall(h.regions, p.targets) for h, p in zip(hints, problems)]
-            scores = ptdpo.evaluate(policy, task, problems, [h.text for h in hints])
-            found[f"{source} {parts}"] = scores | {"recall": sum(recalls) / len(problems)}
+    for source, parts in kinds:
+        changed = replace(config, hint=source, hint_parts=parts)
+        hints = ptdpo.build_hints(policy, task, rollout, changed, key)
+        recalls = [ptdpo.recall(h.regions, p.targets) for h, p in zip(hints, problems)]
+        scores = ptdpo.evaluate(policy, task, problems, [h.text for h in hints])
+        mean = None if None in recalls else sum(recalls) / len(problems)
+        found[f"{source} {parts}"] = scores | {"recall": mean}
     return found
 
 
@@ -296,18 +306,24 @@ def make_base(config, folder):
 def evaluate_checkpoint(path, **given):
     """Held-out scores of a checkpoint beside its base's, alone and tutored; and by true answer."""
     path = path / "checkpoint.safetensors" if path.is_dir() else path
-    state, given = ptdpo.open_checkpoint(path)[0], {"eval_problems": 512} | given
-    run = "config" in state
+    state, _ = ptdpo.open_checkpoint(path)
+    run = state.get("config", {})
+    given = given if run.get("model") else {"eval_problems": 512} | given
     config = ptdpo.stored_config(path, **given) if run else ptdpo.make_config(given)
-    policy, (base, task) = ptdpo.toy(config, trained=False)[0], ptdpo.toy(config)
+    policy, task = ptdpo.setup(config)
+    base = policy.frozen_copy()
     ptdpo.read_checkpoint(path, policy)
-    problems = [task.problem(config.eval_split, 0, i) for i in range(config.eval_problems)]
-    by_base = measure(base, task, config, state.get("layers", [0]), problems)
+    count, layers = min(config.eval_problems, task.held_out), state.get("layers", [0])
+    problems = [task.problem(config.eval_split, 0, i) for i in range(count)]
+    by_base = measure(base, task, config, layers, problems, [("attention", "both")])
     grades = ptdpo.answer(policy, task, problems, 1, 0.0, ("greedy",)).grades
     table = {"base alone": by_base["alone"], "base tutored": by_base["attention both"]}
     table["this checkpoint"] = ptdpo.judge(problems, grades)
     for name, scores in table.items():
-        print(f"{name:16}" + "".join(f"  {k} {v:.3f}" for k, v in scores.items()))
+        known = {k: v for k, v in scores.items() if v is not None}
+        print(f"{name:16}" + "".join(f"  {k} {v:.3f}" for k, v in known.items()))
+    if config.data:  # every answer is another
+        return
     for true in sorted({p.answer for p in problems}, key=int):
         solved = [g.solved for g, p in zip(grades, problems) if p.answer == true]
         print(f"  true answer {true}: {sum(solved)} of {len(solved)} solved")
