@@ -1416,18 +1416,9 @@ def train_command(given):
     return runs[0][1].parent, task
 
 
-HEEDED = {
-    "resume": {"steps"},
-    "eval": {"eval_split", "eval_problems"},
-    "plot": set(),
-    "save_hf": set(),
-}
-
-
-HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems"}, "plot": set()}
-
-
-HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems", "task"}, "plot": set()}
+# What may be given beside an action that goes by what is stored.
+HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems", "task"}, "plot": set(),
+          "save_hf": set()}  # fmt: skip
 
 
 def command(argv):
