@@ -720,16 +720,31 @@ def recover(seeds, common, scenes=128):
             )  # fmt: skip
             share = (again.solved_share > 0).float().mean().item()
             shares.setdefault(label, []).append(share)
+    return summarise_recover(shares, list(seeds))
+
+
+RECOVER = {  # own attention against: what to expect, sign
+    "no hint, sampled again": ("tutoring recovers all-failed prompts", 1),
+    "random": ("ours: it is the right places that recover them", 1),
+    "votes": ("ours: attention recovers more than votes", 1),
+    "own attention, steps alone": ("ours: places matter", 1),
+    "own attention, where alone": ("ours: steps matter", 1),
+    "oracle": ("ours: the true cells as the limit", -1),
+    "answer": ("ours: the spoiler as the limit", -1),
+}
+
+
+def summarise_recover(shares, seeds):
+    """Shares recovered by hint, a list over seeds each -> summary."""
     found = {label: [{"recovered": v} for v in values] for label, values in shares.items()}
     claims = [
-        Claim("tutoring recovers all-failed prompts", "recovered", "own attention", other)
-        for other in arms
-        if other != "own attention"
+        Claim(text, "recovered", "own attention", other, sign)
+        for other, (text, sign) in RECOVER.items()
     ]
     return {
         "name": "recover",
         "title": "share of all-failed pictures solved at least once in 8 samples",
-        "seeds": list(seeds),
+        "seeds": seeds,
         "bars": bars(shares),
         "by_seed": shares,
         "claims": [judge_claim(c, found) for c in claims],
