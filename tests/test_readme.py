@@ -7,6 +7,7 @@ import pytest
 from helpers import ROOT
 
 import ptdpo
+from toy_tasks import reproduce
 
 README = (ROOT / "README.md").read_text()
 
@@ -97,3 +98,19 @@ def test_first_screen_and_citation():
 def test_sections(title):
     """They are there, and not empty."""
     assert section(title).strip()
+
+
+def test_claims_are_those_of_the_committed_summaries():
+    """The table of claims, word for word and number for number."""
+    names = (*reproduce.EXPERIMENTS, *reproduce.MEASUREMENTS)
+    folders = [ROOT / "assets/results" / name for name in names]
+    folders = [folder for folder in folders if (folder / "summary.json").exists()]
+    assert len(folders) >= 5
+    written = re.search(r"<!-- claims -->\n(.*?)\n<!-- end -->", README, re.S).group(1)
+    assert written == reproduce.claims_markdown(folders)
+
+
+def test_results_table():
+    """Means and paired intervals of the first table, from the summaries."""
+    written = re.search(r"<!-- results -->\n(.*?)\n<!-- end -->", README, re.S).group(1)
+    assert written == reproduce.results_markdown(ROOT / "assets/results")

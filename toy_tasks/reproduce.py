@@ -695,6 +695,35 @@ def claims_markdown(folders):
     return "\n".join(lines)
 
 
+RESULTS = {  # rows of README's first table: experiment, measure
+    "accuracy after 60 steps": ("main", "accuracy"),
+    "area under its curve": ("main", "area"),
+    "point F1": ("main", "point_f1"),
+    "right for the right reason": ("main", "right_reason"),
+    "steps to GRPO's last accuracy (never: 60)": ("main", "to_grpo"),
+    "entropy at the end, nats": ("main", "entropy"),
+    "all-failed groups in the last step": ("main", "groups_all_failed"),
+    "accuracy after 180 steps": ("long", "accuracy"),
+    "area, 180 steps": ("long", "area"),
+    "steps to GRPO's last accuracy (never: 180)": ("long", "to_grpo"),
+    "entropy at the end, 180 steps": ("long", "entropy"),
+}
+
+
+def results_markdown(folder):
+    """README's first table: GRPO, PTD-PO and their paired difference, from committed summaries."""
+    lines = ["| | GRPO | PTD-PO | paired difference |", "|---|---|---|---|"]
+    for label, (name, measure) in RESULTS.items():
+        arms = json.loads((folder / name / "summary.json").read_text())["arms"].values()
+        grpo, ptdpo = ([seed[measure] for seed in arm["by_seed"]] for arm in [*arms][:2])
+        mean, half = interval([b - a for a, b in zip(grpo, ptdpo)])
+        digits = 0 if measure == "to_grpo" else 3
+        cells = [f"{sum(v) / len(v):.{digits}f}" for v in (grpo, ptdpo)]
+        cells.append(f"{mean:+.{digits}f} ± {half:.{digits}f}")
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------- experiments that train no policy
 def recover(seeds, common, scenes=128):
     """Share of all-failed pictures that the tutored base solves at least once in G samples."""
