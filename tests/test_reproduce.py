@@ -47,6 +47,10 @@ def test_measures_of_a_run_by_hand():
     assert found["area"] == pytest.approx(0.4) and found["accuracy"] == 0.7
     assert found["hint_recall"] == found["hint_recall_early"] == pytest.approx(0.8)
     assert found["to_grpo"] == 3 and found["entropy_at_grpo"] == 0.7
+    assert reproduce.rival_of("votes", ["grpo", "votes"]) == "grpo"
+    assert reproduce.rival_of("dapo_twice_tutored", ["dapo_twice", "grpo"]) == "dapo_twice"
+    assert reproduce.rival_of("ptdpo_long", ["grpo_long", "grpo"]) == "grpo_long"
+    assert reproduce.rival_of("grpo", ["grpo"]) == "grpo"
     never = measure_run([{"step": 0}, row(1, 0.1), row(2, 0.2)], rival)
     assert never["to_grpo"] == 2 and never["entropy_at_grpo"] is None
 
@@ -154,8 +158,23 @@ def test_committed_figures_are_drawn_again_without_training(path, tmp_path):
     reproduce.draw_summary(tmp_path / "summary.json")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     for claim in json.loads(path.read_text())["claims"]:
-        if claim["verdict"] not in ("no value", "not resolved"):
+        if claim["verdict"] in ("agrees", "differs"):
             assert abs(claim["difference"]) > claim["half_width"]
+
+
+def test_arms_are_what_they_are_called(tmp_path, capsys):
+    """No flag may change what an arm's name means; no run is replaced by one of other settings."""
+    for flag in (["--method", "grpo"], ["--hint", "random"], ["--lr", "1"], ["--task", "beside"]):
+        given = ["--reproduce", "entropy", *SMALL, *flag, "--out", str(tmp_path / "a")]
+        assert ptdpo.main(given) == 2 and flag[0] in capsys.readouterr().err
+        assert not (tmp_path / "a").exists()
+    folder = tmp_path / "ptdpo"
+    common = {"steps": 2, "prompts": 2, "group": 2, "eval_problems": 2}
+    reproduce.one_run("ptdpo", 200, folder, common)
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(ptdpo.UserError, match="give another --out"):
+        reproduce.one_run("ptdpo", 200, folder, common | {"steps": 1})
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_explain_tells_a_step(capsys):

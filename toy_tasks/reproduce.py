@@ -36,13 +36,14 @@ def read_rows(path):
 
 def plot_curves(folders, path):
     """Draw the curves of runs into one picture; step 0 is the base."""
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    figure, names = Figure(figsize=(13, 6.5), layout="constrained"), {f.name for f in folders}
     for axis, name in zip(figure.subplots(2, 3).flat, PANELS):
         for folder in folders:
             base = json.loads((folder / "run.json").read_text())["base"]
             rows = [{"step": 0, **base}, *read_rows(folder / "metrics.jsonl")]
             points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-            axis.plot(*zip(*points or [(0, 0)]), label=folder.name)
+            label = folder.name if len(names) == len(folders) else "/".join(folder.parts[-2:])
+            axis.plot(*zip(*points or [(0, 0)]), label=label)
         axis.set(title=name, xlabel="step")
         axis.legend()
     figure.savefig(path, dpi=80)
@@ -56,6 +57,7 @@ def plot(folders):
         return print(claims_markdown(folders))
     runs = [run for folder in folders for run in ptdpo.runs_in(folder)]
     plot_curves(runs, folders[0] / "curves.png")
+    print(f"drawn: {folders[0]}/curves.png")
 
 
 def plot_tutoring(folder, task, path):
@@ -138,18 +140,22 @@ def draw_hero(curves, path):
 def one_step(folder=None):
     """The next step of a run (or the first from the base), up to its update -> all that it made."""
     config, state = ptdpo.Config(), {}
-    policy, task = ptdpo.toy(config)
     if folder:
-        (folder,) = ptdpo.runs_in(folder)[-1:]
-        state = ptdpo.read_checkpoint(folder / "checkpoint.safetensors", policy)
-        config = ptdpo.make_config(state["config"])
-    ref, step = ptdpo.toy(config)[0].frozen_copy(), state.get("step", 0) + 1
-    by_layer = ptdpo.calibrate(ref, task, config)
+        path = ptdpo.runs_in(folder)[-1] / "checkpoint.safetensors"
+        config = ptdpo.stored_config(path)
+    if config.model:
+        raise ptdpo.UserError("--explain tells runs of the toy; give the folder of one")
+    policy, task = ptdpo.toy(config)
+    ref = policy.frozen_copy()
+    if folder:
+        state = ptdpo.read_checkpoint(path, policy)
+    step, by_layer = state.get("step", 0) + 1, ptdpo.calibrate(ref, task, config)
+    layers = state.get("layers", [by_layer.index(max(by_layer))])
     key, first = (config.seed, step), step * config.prompts
     problems = [task.problem("train", config.seed, first + b) for b in range(config.prompts)]
     rollout = ptdpo.answer(policy, task, problems, config.group, config.temperature, key)
     rollout.adv = ptdpo.group_advantages(rollout.reward, config.group)
-    ptdpo.read_reference(ref, rollout, config, [by_layer.index(max(by_layer))])
+    ptdpo.read_reference(ref, rollout, config, layers)
     rollout.hints = ptdpo.build_hints(policy, task, rollout, config, key)
     ptdpo.tutor(ref, rollout, config)
     ptdpo.weigh_tokens(rollout, config, config.distill_weight)
@@ -205,8 +211,9 @@ def explain(folder=None):
 
 HOW_TO_READ_A_STEP = """
    reward weight: advantage times the token's share of the mean. Below 0 the token becomes less
-   likely, whatever was wrong with it. JSD weight: lambda times its share. Only the JSD says at
-   which token the answer went wrong, and what should stand there."""
+   likely, whatever was wrong with it. JSD weight: lambda times its share. The teacher judges each
+   next word after the student's own words: where an answer stopped pointing too soon, it corrects
+   that, and then gives the number that follows from the points that are there."""
 
 
 def favourites(policy, hidden, n=3):
@@ -230,7 +237,7 @@ def summary(folders):
 
 
 HOW_TO_READ = [
-    "area: mean accuracy over all evaluations; accuracy to entropy: after the last step",
+    "area: mean accuracy over all evaluations; the columns from accuracy to entropy: last step",
     "right_reason: solved with exactly the true cells named; the rest of accuracy is guessing",
     "to GRPO: steps to GRPO's last accuracy, the first of two evaluations in a row that reach it",
 ]
@@ -305,7 +312,9 @@ def make_base(config, folder):
 
 def evaluate_checkpoint(path, **given):
     """Held-out scores of a checkpoint beside its base's, alone and tutored; and by true answer."""
-    path = path / "checkpoint.safetensors" if path.is_dir() else path
+    if path.is_dir() and len(runs := ptdpo.runs_in(path)) > 1:
+        raise ptdpo.UserError(f"{path} holds {len(runs)} runs: name one, such as {runs[0]}")
+    path = ptdpo.runs_in(path)[0] / "checkpoint.safetensors" if path.is_dir() else path
     state, _ = ptdpo.open_checkpoint(path)
     run = state.get("config", {})
     given = given if run.get("model") else {"eval_problems": 512} | given
@@ -313,7 +322,9 @@ def evaluate_checkpoint(path, **given):
     policy, task = ptdpo.setup(config)
     base = policy.frozen_copy()
     ptdpo.read_checkpoint(path, policy)
-    count, layers = min(config.eval_problems, task.held_out), state.get("layers", [0])
+    by_layer = state.get("layer_recall") or [0]  # of a base: the layer that it was measured with
+    layers = state.get("layers", [by_layer.index(max(by_layer))])
+    count = min(config.eval_problems, task.held_out)
     problems = [task.problem(config.eval_split, 0, i) for i in range(count)]
     by_base = measure(base, task, config, layers, problems, [("attention", "both")])
     grades = ptdpo.answer(policy, task, problems, 1, 0.0, ("greedy",)).grades
@@ -324,7 +335,7 @@ def evaluate_checkpoint(path, **given):
         print(f"{name:16}" + "".join(f"  {k} {v:.3f}" for k, v in known.items()))
     if config.data:  # every answer is another
         return
-    for true in sorted({p.answer for p in problems}, key=int):
+    for true in sorted({p.answer for p in problems}, key=lambda a: (len(a), a)):
         solved = [g.solved for g, p in zip(grades, problems) if p.answer == true]
         print(f"  true answer {true}: {sum(solved)} of {len(solved)} solved")
 
@@ -342,6 +353,7 @@ ARMS = {  # what a run changes in the defaults; a name stands for the same runs 
     "ptdpo_kl_untutored": {"kl_on": "untutored"},
     "grpo_long": {"method": "grpo", "steps": 180, "lr": 1e-4},
     "ptdpo_long": {"steps": 180},
+    "grpo_long_3e-4": {"method": "grpo", "steps": 180},
     "where": {"hint_parts": "where"},
     "steps": {"hint_parts": "steps"},
     "oracle": {"hint": "oracle"},
@@ -401,10 +413,14 @@ EXPERIMENTS = {
             Claim("ours: it is right for the right reason", "right_reason", "ptdpo", "grpo"),
             Claim("over answer-conditioned HDPO: 4B 71.2, 68.3", "accuracy", "ptdpo", "answer"),
             Claim("shortcut: conditioned on the answer, outputs get shorter", "completion_length",
-                  "answer", "ptdpo", -1),
+                  "answer", "grpo", -1),
+            Claim("the same against PTD-PO, whose answers grow", "completion_length", "answer",
+                  "ptdpo", -1),
             Claim("tutoring and reward over self-distillation alone", "accuracy", "ptdpo",
                   "distil_only"),
             Claim("hints must be about the picture at hand", "area", "ptdpo", "random"),
+            Claim("ours: random hints over GRPO", "accuracy", "random", "grpo"),
+            Claim("ours: random hints teach pointing, too", "point_f1", "random", "grpo"),
             Claim("ours: attention is more than an echo of the answers", "area", "ptdpo", "votes"),
             Claim("ours: recall of attention over votes", "hint_recall", "ptdpo", "votes"),
             Claim("ours: the same in the first 5 steps", "hint_recall_early", "ptdpo", "votes"),
@@ -416,11 +432,14 @@ EXPERIMENTS = {
         ],
     ),
     "long": Experiment(
-        "grpo_long ptdpo_long",
+        "grpo_long ptdpo_long grpo_long_3e-4",
         [
             Claim("three times the steps", "accuracy", "ptdpo_long", "grpo_long"),
             Claim("the same over the whole run", "area", "ptdpo_long", "grpo_long"),
             Claim("ours: steps to GRPO's last accuracy", "to_grpo", "ptdpo_long", "grpo_long", -1),
+            Claim("GRPO at 3e-4, three times the steps", "accuracy", "ptdpo_long",
+                  "grpo_long_3e-4"),
+            Claim("GRPO at 3e-4, over the whole run", "area", "ptdpo_long", "grpo_long_3e-4"),
             Claim("entropy stays higher", "entropy", "ptdpo_long", "grpo_long"),
             Claim("entropy where GRPO's last accuracy is reached", "entropy_at_grpo",
                   "ptdpo_long", "grpo_long"),
@@ -520,17 +539,22 @@ def interval(values):
     return mean, spread * (T95[n - 2] if n <= 10 else 1.96) if n > 1 else math.inf
 
 
+SHARED = {"steps", "prompts", "group", "eval_every", "eval_problems", "difficulty", "threads"}
+
+
 def one_run(arm, seed, folder, common):
     """Train an arm on a seed, go on with it, or leave it if it is done."""
     changes = dict(ARMS[arm])
     control = changes.pop("control", None)
+    if "steps" in changes and "steps" in common:  # a long run stays three times as long
+        changes["steps"] = 3 * common["steps"]
     config = ptdpo.make_config({"eval_split": "test"} | common | changes | {"seed": seed})
     if control == "zero_gradient":
         config.divergence = control
     ptdpo.DIVERGENCES["zero_gradient"] = zero_gradient
     plain, path = ptdpo.token_stats, folder / "run.json"
     if path.exists() and json.loads(path.read_text())["config"] != asdict(config):
-        path.unlink()
+        raise ptdpo.UserError(f"{folder}: a run with other settings; give another --out")
     started = path.exists() and (folder / "checkpoint.safetensors").exists()
     if not started or len(read_rows(folder / "metrics.jsonl")) < config.steps:
         ptdpo.token_stats = student_support if control == "student_support" else plain
@@ -561,11 +585,17 @@ def measure_run(rows, rival):
     for measure, some in (("hint_recall", recalls), ("hint_recall_early", recalls[:5])):
         found[measure] = sum(some) / len(some) if some else None
     found["area"] = sum(r["accuracy"] for r in scored) / len(scored)
-    goal = rival[-1]["accuracy"]
-    found["to_grpo"] = steps_to(scored, goal) or rows[-1]["step"]
-    there = [r["entropy"] for r in scored if r["accuracy"] >= goal]
-    found["entropy_at_grpo"] = there[0] if there else None
+    reached = steps_to(scored, rival[-1]["accuracy"])
+    found["to_grpo"] = reached or rows[-1]["step"]
+    there = [r["entropy"] for r in scored if r["step"] == reached]
+    found["entropy_at_grpo"] = there[0] if there else rows[-1]["entropy"]
     return found
+
+
+def rival_of(arm, arms):
+    """The untutored arm that an arm is measured against; itself if there is none."""
+    names = (arm.replace("_tutored", ""), arm.replace("ptdpo", "grpo"), "grpo")
+    return next((n for n in names if n != arm and n in arms), arm)
 
 
 def judge_claim(claim, found):
@@ -599,11 +629,12 @@ def summarise(name, seeds, out, common):
     experiment = EXPERIMENTS[name]
     seeds = list(seeds)[: experiment.seeds]
     runs = train_arms(experiment.arms.split(), seeds, out, common)
-    rivals = {a: runs.get(a.replace("ptdpo", "grpo"), runs.get("grpo", runs[a])) for a in runs}
-    found = {a: [measure_run(*pair) for pair in zip(runs[a], rivals[a])] for a in runs}
+    found = {a: [measure_run(*p) for p in zip(runs[a], runs[rival_of(a, runs)])] for a in runs}
+    commits = {json.loads(p.read_text())["commit"] for p in out.glob("runs/*/*/run.json")}
     return {
         "name": name,
         "seeds": seeds,
+        "commits_of_runs": sorted(map(str, commits)),
         "arms": {a: {"settings": ARMS[a], "by_seed": found[a]} for a in runs},
         "claims": [judge_claim(c, found) for c in experiment.claims],
         "curves": {p: {a: curves_of(runs[a], p) for a in runs} for p in experiment.panels},
@@ -628,12 +659,12 @@ def draw_summary(path):
 
 def bands(axis, arms):
     """Curves as lists of (step, mean, half-width), each in a band of its interval."""
-    for arm, points in arms.items():
+    for i, (arm, points) in enumerate(arms.items()):  # one colour an arm in all panels
         if points:
             step, mean, half = (list(column) for column in zip(*points))
-            (line,) = axis.plot(step, mean, label=arm)
+            axis.plot(step, mean, f"C{i}", label=arm)
             low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
-            axis.fill_between(step, low, high, color=line.get_color(), alpha=0.15)
+            axis.fill_between(step, low, high, color=f"C{i}", alpha=0.15)
 
 
 def draw_bars(summary, path):
@@ -653,6 +684,9 @@ def reproduce(name, seeds, out, common):
     known = [*EXPERIMENTS, *MEASUREMENTS]
     if name not in (*known, "all") or seeds < 1:
         raise ptdpo.UserError(f"--reproduce {name}: all or one of {', '.join(known)}; --seeds >= 1")
+    if odd := common.keys() - SHARED:
+        flag = min(odd).replace("_", "-")
+        raise ptdpo.UserError(f"--reproduce sets --{flag} by arm: leave it out, or edit ARMS")
     names = known if name == "all" else [name]
     for name in names:
         began = time.time()
@@ -839,13 +873,18 @@ def leak(seeds, common, scenes=20_000):
             "paper": "no leak" if free else "the spoiler leaks, on purpose", "measure": "accuracy",
             "arm": source, "other": "majority class", "difference": mean, "half_width": half,
             "arm_mean": right.mean().item(), "other_mean": majority.mean().item(),
-            "seeds": len(gap), "verdict": "agrees" if (mean <= half) == free else "differs",
+            "seeds": len(gap), "verdict": leak_verdict(mean, half, free),
         })  # fmt: skip
     rows.append({"label": "majority class", "mean": majority.mean().item(), "half_width": 0})
     for source in ("attention", "answer"):
         rows += follow(policy, task, config, layers, source, seeds[0])
     title = "leak: (a) counts guessed from hints, (b) tutored on a swapped picture"
     return {"name": "leak", "title": title, "seeds": list(seeds), "bars": rows, "claims": claims}
+
+
+def leak_verdict(mean, half, free):
+    """A leak is found where the interval excludes 0; that it is not found is no proof."""
+    return "no leak found" if mean <= half else "differs" if free else "agrees"
 
 
 def follow(policy, task, config, layers, source, seed, scenes=512):
