@@ -159,7 +159,7 @@ def matches(found, answer, tolerance=Fraction(2, 1000)):
     if (a := quantity(found)) and (b := quantity(answer)):
         (x, unit), (y, other) = a, b
         equal = abs(x - y) <= (tolerance * abs(y) if y.denominator > 1 else 0)
-        percent = "%" in (unit, other) and (x == 100 * y or y == 100 * x)
+        percent = x == 100 * y if unit == "%" else other == "%" and y == 100 * x
         return (equal or percent) and (unit == other or not unit or not other)
     if letter := re.fullmatch(r"\(?([a-j])\)?", answer):
         start = rf"(?:(?:option|choice|answer) )?\(?{letter[1]}(?:[).:]|$)"
