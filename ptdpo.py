@@ -1013,30 +1013,6 @@ class HFPrompt:
     grid: torch.Tensor | None  # [pictures, 3]: frames, rows, columns of patches
 
 
-def packed_attention(module, query, key, value, seen, own=None, probe=None, scaling=None, **kw):
-    """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T tokens of answer G.
-
-    seen [B, 1, P, P]: prompt on itself; own [N, 1, T, P + T]: answers on the prompt and their past.
-    Two calls, not one with a block mask: no [S, S] table, no work on pairs blind to each other.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    attend, P = ALL_ATTENTION_FUNCTIONS["sdpa"], seen.shape[-1]
-    if own is None:  # sampling, where the cache is repeated instead
-        return attend(module, query, key, value, seen, scaling=scaling, **kw)
-    # Every answer becomes a row of its own, with the keys of its prompt put before its own.
-    G, qkv = len(own) // len(query), (query, key, value)
-    shared = [x[:, :, :P] for x in qkv]
-    mine = [x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1) for x in qkv]
-    pairs = zip(shared[1:], mine[1:])
-    k, v = (torch.cat([x.repeat_interleave(G, 0), y], 2) for x, y in pairs)  # [N, heads, P + T, D]
-    if probe is not None:
-        probe(module.layer_idx, mine[0].detach(), k.detach(), scaling)
-    prompt = attend(module, *shared, seen, scaling=scaling, **kw)[0]
-    answer = attend(module, mine[0], k, v, own, scaling=scaling, **kw)[0]  # [N, T, heads, D]
-    return torch.cat([prompt, answer.unflatten(0, (-1, G)).flatten(1, 2)], 1), None
-
-
 def read_attention(q, k, own, mask, scale):
     """Attention of q on the prompt, mean of heads and of the places in mask: float32 [N, P]."""
     looks = []
@@ -1064,7 +1040,7 @@ class HFPolicy(torch.nn.Module):
         gpu = torch.cuda.is_available()
         kind = {"auto": "bfloat16" if gpu else "float32"}.get(config.dtype, config.dtype)
         self.dtype, self.lora, self.frozen = getattr(torch, kind), config.lora > 0, False
-        self.processor, self.model = load_model(config, self.dtype, packed_attention)
+        self.processor, self.model = load_model(config, self.dtype)
         self.model.to("cuda" if gpu else "cpu").eval()
         # peft has frozen the rest; without it everything learns but, by default, the vision tower.
         self.base.model.visual.requires_grad_(config.train_vision and not self.lora)
@@ -1221,7 +1197,7 @@ class HFPolicy(torch.nn.Module):
             own = torch.cat([before, past], 2)[:, None]
 
             def probe(layer, q, k, scale):
-                """Called by packed_attention, layer by layer."""
+                """Called by hub.packed_attention, layer by layer."""
                 if layer in layers:
                     looks[layer] = read_attention(q, k, own, mask[:, :T], scale)
 

@@ -15,7 +15,7 @@ from PIL import Image
 import ptdpo
 from ptdpo import spoils
 from tiny_vlm import TinyVLM
-from toy_tasks import Grade, Problem
+from toy_tasks import Grade, Problem, reproduce
 from toy_tasks.counting import CELLS, COLOURS, SHAPES, STEPS, WORDS, Counting, draw
 
 SPLITS = ("train", "validation", "test", "calibration")
@@ -247,7 +247,7 @@ def test_warm_start_is_a_function_of_its_seed(task):
     fresh = [p.detach().clone() for p in first.parameters()]
     for policy, seed in ((first, 3), (second, 3), (other, 4)):
         torch.manual_seed(seed)  # the lessons must not depend on the global stream
-        task.warm_start(policy, seed, steps=6, batch=4)
+        reproduce.warm_start(task, policy, seed, steps=6, batch=4)
     same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters())]
     assert all(same) and not torch.equal(first.embed.weight, other.embed.weight)
     assert all(not torch.equal(a, b) for a, b in zip(fresh, first.parameters()))
