@@ -35,7 +35,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -163,8 +162,6 @@ def own(groups):
 
 def gather(rows, groups):
     """Rows [n, ...] of the groups of this process -> rows of all groups."""
-    if RANKS == 1:
-        return rows
     each = len(rows) // (own(groups).stop - own(groups).start)
     whole = rows.new_zeros(groups * each, *rows.shape[1:])
     whole[own(groups).start * each : own(groups).stop * each] = rows
@@ -239,11 +236,15 @@ class Rollout:
         return self.solved.view(len(self.problems), -1).float().mean(1)
 
     def parts(self, size=0, count=1):
-        """Cut into whole groups: `size` groups a part (0: all), or `count` parts of even size."""
+        """Cut into whole groups: `size` groups a part or, at size 0, `count` parts of even size.
+
+        A field has B rows, one a prompt, or N = B*G, one an answer; it is cut accordingly. Tensors
+        of a part are views: what is written into them stands in the whole.
+        """
         B, N, count = len(self.problems), len(self.mask), min(count, len(self.problems))
-        even = [i * B // count for i in range(count + 1)]
-        for at, to in pairwise([*range(0, B, size), B] if size else even):
-            rows = {n: slice(at * n // B, to * n // B) for n in (B, N)}  # a field has B or N rows
+        cuts = [*range(0, B, size), B] if size else [i * B // count for i in range(count + 1)]
+        for a, b in pairwise(cuts):
+            rows = {n: slice(a * n // B, b * n // B) for n in (B, N)}
             yield Rollout(**{k: v if v is None else v[rows[len(v)]] for k, v in vars(self).items()})
 
     def mine(self):
@@ -366,9 +367,8 @@ def build_hints(policy, task, rollout, config, key):
         rejected = spoils(problem.steps, problem.answer)
         where = [names[r] for r in regions] if config.hint_parts != "steps" else []
         steps = problem.steps if config.hint_parts != "where" and not rejected else ""
-        text = "" if config.hint == "none" else task.hint_text(where, steps)
-        if config.hint == "answer":
-            text = task.hint_text([], "", problem.answer)
+        others = {"none": "", "answer": task.hint_text([], "", problem.answer)}
+        text = others.get(config.hint, task.hint_text(where, steps))
         hints.append(Hint(regions, text, rejected))
     return hints
 
@@ -387,11 +387,10 @@ def tutor(ref, rollout, config):
     rollout.teacher = ref.head_weight.new_zeros(*rollout.mask.shape, ref.head_weight.shape[1])
     groups = rollout.distill.view(-1, G).any(1).nonzero()[:, 0].tolist()
     groups = groups[own(len(groups))]
+    told = list(zip(rollout.problems, [hint.text for hint in rollout.hints], rollout.prompts))
     for some in (groups[i : i + size] for i in range(0, len(groups), size)):
-        plain = [rollout.prompts[b] for b in some]
-        asked = [(rollout.problems[b], rollout.hints[b].text) for b in some]
-        tutored = [ref.encode(*a, like=p) for a, p in zip(asked, plain)]
-        assert all(t.pixels is p.pixels for t, p in zip(tutored, plain))
+        tutored = [ref.encode(*told[b]) for b in some]
+        assert all(t.pixels is told[b][2].pixels for t, b in zip(tutored, some))
         rows = torch.cat([torch.arange(b * G, b * G + G) for b in some])
         rollout.teacher[rows] = ref.forward(tutored, rollout.completion[rows])[0]
     over_ranks(rollout.teacher)
@@ -753,18 +752,18 @@ class Monitor:
         x = torch.arange(len(self.recent)) - (len(self.recent) - 1) / 2
         y = torch.tensor([r["entropy"] for r in self.recent])
         row["entropy_slope"] = ((x * y).sum() / (x * x).sum()).item() if len(y) > 1 else None
-        low, failing = self.start_entropy / 5, row["solved"] < 0.5
-        signs = [
-            ("groups_mixed", 0, "no mixed group, the policy gradient is 0: raise --group"),
-            ("groups_all_solved", -1, "all is solved, nothing to tutor: raise --difficulty"),
-            ("jsd", 1e-4, "JSD near 0, the hint changes nothing: can the base read hints?"),
-            ("hint_recall", 1.1 * chance, "hints no better than random: try --hint-layers 2"),
-            ("entropy", low if failing else 0, "entropy collapsed, answers fail: lower --lr"),
+        low = self.start_entropy / 5 if row["solved"] < 0.5 else -1
+        signs = [  # dead is what stays between two bounds
+            ("groups_mixed", 0, 0, "no mixed group, the policy gradient is 0: raise --group"),
+            ("groups_all_solved", 1, 1, "all is solved, nothing to tutor: raise --difficulty"),
+            ("jsd", -1, 1e-4, "JSD near 0, the hint changes nothing: can the base read hints?"),
+            ("hint_recall", 0, 1.1 * chance, "hints no better than random: try --hint-layers 2"),
+            ("entropy", -1, low, "entropy collapsed, answers fail: lower --lr"),
         ]
         new = []
-        for name, bound, text in signs:
+        for name, least, most, text in signs:
             values = [r[name] for r in self.recent]
-            dead = None not in values and all(v == 1 if bound < 0 else v <= bound for v in values)
+            dead = None not in values and all(least <= v <= most for v in values)
             if dead and len(values) == 10 and name not in self.said:
                 new.append(f"for 10 steps {text}")
                 self.said.append(name)
@@ -842,10 +841,11 @@ def train(policy, task, config, folder, resume=False):
 
 
 def provenance():
-    """Which code ran: commit, if it is a checkout, and versions."""
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"commit": git.stdout.strip() or None, "versions": versions}
+    """Which code ran: versions and commit, None without git or outside of a checkout."""
+    ask = {"shell": True, "cwd": HERE, "capture_output": True, "text": True}
+    commit = subprocess.run("git rev-parse HEAD", **ask).stdout.strip() or None
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    return {"commit": commit, "versions": versions}
 
 
 def start_run(folder, policy, optimizer, task, config, held_out):
@@ -1013,18 +1013,6 @@ class HFPrompt:
     grid: torch.Tensor | None  # [pictures, 3]: frames, rows, columns of patches
 
 
-def read_attention(q, k, own, mask, scale):
-    """Attention of q on the prompt, mean of heads and of the places in mask: float32 [N, P]."""
-    looks = []
-    with torch.autocast(q.device.type, enabled=False):
-        for q_n, k_n, seen, m in zip(q, k, own, mask.float()):  # one by one, to save memory
-            heads = q_n.float().unflatten(0, (len(k_n), -1))  # those that share keys, together
-            score = torch.einsum("khtd,ksd->khts", heads, k_n.float()) * scale
-            weight = score.masked_fill(~seen, -math.inf).softmax(-1).mean((0, 1))
-            looks.append(m @ weight / m.sum().clamp_min(1))
-    return torch.stack(looks)[:, : -mask.shape[1]]
-
-
 class HFPolicy(torch.nn.Module):
     """Qwen2-VL, Qwen2.5-VL or Qwen3-VL behind the `Policy` protocol.
 
@@ -1151,30 +1139,26 @@ class HFPolicy(torch.nn.Module):
             cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
             cache.batch_repeat_interleave(G)
             hidden, real, start = (x.repeat_interleave(G, 0) for x in (hidden, real, start))
-            return self.decode(hidden, cache, real, start, uniforms.to(real.device), temperature)
-
-    def decode(self, hidden, cache, real, start, uniforms, temperature):
-        """One token at a time from the hidden states [N, H] of the last prompt column."""
-        (N, P), T = real.shape, uniforms.shape[1]
-        seen = torch.cat([real, real.new_ones(N, T)], 1)[:, None, None]
-        stop = torch.tensor(self.stop_ids, device=real.device)
-        answer, done = stop[0].repeat(N, T), torch.zeros_like(real[:, 0])
-        for t in range(T):
-            with torch.autocast(real.device.type, enabled=False):
-                logits = hidden.float() @ self.head_weight.T
-            logits[:, self.suppress_ids] = -math.inf  # they would be taken for pictures
-            token = logits.argmax(-1)
-            if temperature > 0:  # `<=`, lest u = 0 take a token of probability 0
-                total = (logits.double() / temperature).softmax(-1).cumsum(-1)
-                token = (total <= uniforms[:, t, None] * total[:, -1:]).sum(-1)
-            answer[:, t] = torch.where(done, answer[:, t], token)
-            done |= torch.isin(token, stop)
-            if done.all() or t == T - 1:
-                return answer
-            step = {"input_ids": answer[:, t, None], "attention_mask": seen[..., : P + t + 1]}
-            step["position_ids"] = (start + t)[None, :, None].expand(3, -1, -1)
-            out = self.base.model(**step, past_key_values=cache, use_cache=True)
-            hidden = out.last_hidden_state[:, 0]
+            uniforms, (N, P), T = uniforms.to(real.device), real.shape, uniforms.shape[1]
+            seen = torch.cat([real, real.new_ones(N, T)], 1)[:, None, None]
+            stop = torch.tensor(self.stop_ids, device=real.device)
+            answer, done = stop[0].repeat(N, T), torch.zeros_like(real[:, 0])
+            for t in range(T):
+                with torch.autocast(real.device.type, enabled=False):
+                    logits = hidden.float() @ self.head_weight.T
+                logits[:, self.suppress_ids] = -math.inf  # they would be taken for pictures
+                token = logits.argmax(-1)
+                if temperature > 0:  # `<=`, lest u = 0 take a token of probability 0
+                    total = (logits.double() / temperature).softmax(-1).cumsum(-1)
+                    token = (total <= uniforms[:, t, None] * total[:, -1:]).sum(-1)
+                answer[:, t] = torch.where(done, answer[:, t], token)
+                done |= torch.isin(token, stop)
+                if done.all() or t == T - 1:
+                    return answer
+                step = {"input_ids": answer[:, t, None], "attention_mask": seen[..., : P + t + 1]}
+                step["position_ids"] = (start + t)[None, :, None].expand(3, -1, -1)
+                out = self.base.model(**step, past_key_values=cache, use_cache=True)
+                hidden = out.last_hidden_state[:, 0]
 
     def forward(self, prompts, completion, mask=None, layers=()):
         """Teacher-forced: hidden float32 [N, T, H] after the last norm, and attention on regions.
@@ -1188,29 +1172,24 @@ class HFPolicy(torch.nn.Module):
             inputs, real, start = self.pack(prompts)
             ids, positions = inputs["input_ids"], inputs["position_ids"]
             (N, T), B, P = completion.shape, len(ids), ids.shape[1] - 1
-            G, device, looks = N // B, ids.device, {}
+            G, device = N // B, ids.device
             answers = torch.cat([ids[:, P:].repeat_interleave(G, 0), completion[:, :-1]], 1)
             places = start[:, None] - 1 + torch.arange(T, device=device).repeat(G)
             # What an answer sees: the prompt but for padding, and its own tokens up to this one.
             past = torch.ones(T, T, dtype=torch.bool, device=device).tril().expand(N, -1, -1)
             before = real[:, None, :P].expand(-1, T, -1).repeat_interleave(G, 0)
             own = torch.cat([before, past], 2)[:, None]
-
-            def probe(layer, q, k, scale):
-                """Called by hub.packed_attention, layer by layer."""
-                if layer in layers:
-                    looks[layer] = read_attention(q, k, own, mask[:, :T], scale)
-
             # The positions are explicit: every answer goes on where the prompt ends.
             inputs["input_ids"] = torch.cat([ids[:, :P], answers.view(B, -1)], 1)
             inputs["position_ids"] = torch.cat([positions[..., :P], places.expand(3, -1, -1)], 2)
             inputs["attention_mask"] = inputs["attention_mask"][..., :P, :P]
-            inputs |= {"own": own, "probe": probe if layers else None, "use_cache": False}
+            tokens, looks = mask[:, :T] if layers else None, dict.fromkeys(layers)
+            inputs |= {"own": own, "tokens": tokens, "looks": looks, "use_cache": False}
             hidden = self.base.model(**inputs).last_hidden_state[:, P:].reshape(N, T, -1).float()
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, full - T))
         if not layers:
             return hidden, None
-        looks = torch.stack([looks[i] for i in layers]).unflatten(1, (B, G))
+        looks = torch.stack([*looks.values()]).unflatten(1, (B, G))
         regions = self.regions(prompts, P).to(device)
         return hidden, torch.einsum("lbgp,bpr->lbgr", looks, regions).flatten(1, 2)
 

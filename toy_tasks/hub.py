@@ -1,6 +1,7 @@
 """Around --model: loading, attention in packed rows, --calibrate, and export (--save-hf)."""
 
 import json
+import math
 import shutil
 
 import torch
@@ -47,7 +48,9 @@ def open_model(config, dtype):
     return processor, model
 
 
-def packed_attention(module, query, key, value, seen, own=None, probe=None, scaling=None, **kw):
+def packed_attention(
+    module, query, key, value, seen, own=None, tokens=None, looks=(), scaling=None, **kw
+):
     """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T tokens of answer G.
 
     seen [B, 1, P, P]: prompt on itself; own [N, 1, T, P + T]: answers on the prompt and their past.
@@ -64,11 +67,24 @@ def packed_attention(module, query, key, value, seen, own=None, probe=None, scal
     mine = [x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1) for x in qkv]
     pairs = zip(shared[1:], mine[1:])
     k, v = (torch.cat([x.repeat_interleave(G, 0), y], 2) for x, y in pairs)  # [N, heads, P + T, D]
-    if probe is not None:
-        probe(module.layer_idx, mine[0].detach(), k.detach(), scaling)
+    if module.layer_idx in looks:
+        looks[module.layer_idx] = read_attention(mine[0], k, own, tokens, scaling)
     prompt = attend(module, *shared, seen, scaling=scaling, **kw)[0]
     answer = attend(module, mine[0], k, v, own, scaling=scaling, **kw)[0]  # [N, T, heads, D]
     return torch.cat([prompt, answer.unflatten(0, (-1, G)).flatten(1, 2)], 1), None
+
+
+@torch.no_grad()
+def read_attention(q, k, own, mask, scale):
+    """Attention of q on the prompt, mean of heads and of the places in mask: float32 [N, P]."""
+    looks = []
+    with torch.autocast(q.device.type, enabled=False):
+        for q_n, k_n, seen, m in zip(q, k, own, mask.float()):  # one by one, to save memory
+            heads = q_n.float().unflatten(0, (len(k_n), -1))  # those that share keys, together
+            score = torch.einsum("khtd,ksd->khts", heads, k_n.float()) * scale
+            weight = score.masked_fill(~seen, -math.inf).softmax(-1).mean((0, 1))
+            looks.append(m @ weight / m.sum().clamp_min(1))
+    return torch.stack(looks)[:, : -mask.shape[1]]
 
 
 def with_adapters(model, rank):
