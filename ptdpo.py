@@ -266,10 +266,9 @@ def answer(policy, task, problems, group, temperature, key, hints=None):
     """
     B, hints = len(problems), hints or [""] * len(problems)
     prompts = [policy.encode(p, h) for p, h in zip(problems, hints)]
-    streams = [generator(*key, b, g) for b in range(B) for g in range(group)]
+    streams = [generator(*key, b, g) for b in range(B)[own(B)] for g in range(group)]
     noise = [torch.rand(task.max_tokens, generator=s, dtype=torch.double) for s in streams]
-    noise = torch.stack(noise).view(B, group, -1)[own(B)].flatten(0, 1)
-    completion = gather(policy.sample(prompts[own(B)], noise, temperature), B)
+    completion = gather(policy.sample(prompts[own(B)], torch.stack(noise), temperature), B)
     stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=completion.device))
     mask = stop.cumsum(1) - stop.long() == 0  # by the first stop token, never by a pad's value
     lengths = (mask & ~stop).sum(1).tolist()
@@ -498,10 +497,8 @@ def token_stats(hidden, weight, targets, teacher_hidden=None, teacher_weight=Non
     with c the bucket of v is softmax times one scalar a token, but for the ids in the union.
     """
     suppress = torch.tensor(list(suppress_ids), dtype=torch.long, device=hidden.device)
-    teacher, pair = (teacher_hidden, teacher_weight), DIVERGENCES[divergence]
-    return TokenStats.apply(
-        hidden, weight, targets, *teacher, k, temperature, chunk, suppress, pair
-    )
+    options = k, temperature, chunk, suppress, DIVERGENCES[divergence]
+    return TokenStats.apply(hidden, weight, targets, teacher_hidden, teacher_weight, *options)
 
 
 class TokenStats(torch.autograd.Function):
@@ -660,17 +657,16 @@ def update(policy, ref, optimizer, rollout, config, distill_weight):
             loss += summand.detach()
             values.append(torch.stack([v.detach() for v in tokens.values()], 1))  # [n, 4, T]
         whole.append(gather(torch.cat(values), len(share.problems)))
-        suspects = [*zip(tokens, whole[-1].unbind(1)), ("loss", over_ranks(loss))]
-        broken = [name for name, v in suspects if not v.isfinite().all()]
         for p in learned:
             over_ranks(p.grad)
-        norms.append(torch.nn.utils.clip_grad_norm_(learned, config.clip_norm).item())
-        if broken or not math.isfinite(norms[-1]):
-            skipped += [*broken, "gradient"]
-        else:
+        norms.append(torch.nn.utils.clip_grad_norm_(learned, config.clip_norm))
+        values = dict(zip(tokens, whole[-1].unbind(1)), loss=over_ranks(loss), gradient=norms[-1])
+        broken = [name for name, v in values.items() if not v.isfinite().all()]
+        skipped += broken
+        if not broken:
             optimizer.step()
     rollout.skipped = next(iter(skipped), None)
-    return dict(zip(tokens, torch.cat(whole).unbind(1))), sum(norms) / len(norms)
+    return dict(zip(tokens, torch.cat(whole).unbind(1))), sum(n.item() for n in norms) / len(norms)
 
 
 # ---------------------------------------------------------------------------- metrics and monitor
@@ -1218,8 +1214,12 @@ class HFPolicy(torch.nn.Module):
 # ----------------------------------------------------------------------------------- command line
 def parse(argv):
     """Command line -> the given flags by name; nothing is filled in."""
+
+    def mistake(message):
+        raise UserError(f"{message}; see python ptdpo.py --help")
+
     parser = argparse.ArgumentParser("ptdpo.py", argument_default=argparse.SUPPRESS)
-    parser.error = usage_error
+    parser.error = mistake
     todo = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     todo.add_argument("--toy", action="store_true", help="train on counting pictures, on a CPU")
     todo.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run in DIR")
@@ -1245,11 +1245,6 @@ def parse(argv):
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag, help=text, **kind)
     return vars(parser.parse_args(argv))
-
-
-def usage_error(message):
-    """Let a wrong flag end like every other mistake of the user."""
-    raise UserError(f"{message}; see python ptdpo.py --help")
 
 
 def make_config(given):
@@ -1385,32 +1380,27 @@ def command(argv):
         if action in given and (odd := given.keys() - others - {action}):
             flag = min(odd).replace("_", "-")
             raise UserError(f"--{action} goes by what is stored: leave out --{flag}")
-    if "help_metrics" in given:
-        print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
-    elif "plot" in given:
-        reproduce.plot(given["plot"])
-    elif "explain" in given:
-        reproduce.explain(given["explain"])
-    elif "reproduce" in given:
-        common = {f.name: given[f.name] for f in fields(Config) if f.name in given}
-        place = given.get("out", Path("runs/reproduce"))
-        reproduce.reproduce(given["reproduce"], given.get("seeds", 10), place, common)
-    elif "eval" in given:
-        reproduce.evaluate_checkpoint(given.pop("eval"), **given)
-    elif "warm_start" in given:
-        reproduce.make_base(make_config(given), given.get("out", Path("runs/base")))
-    elif "save_hf" in given:
-        hub.save_run(*given["save_hf"])
-    elif "calibrate" in given:
-        hub.calibrate_layers(make_config(given), given.get("out", Path("runs/calibration")))
-    elif "toy" in given and "model" in given:
+    settings = {f.name: given[f.name] for f in fields(Config) if f.name in given}
+    out, seeds = lambda name: given.get("out", Path("runs") / name), given.get("seeds", 10)
+    actions = {  # each gets what its flag was given
+        "help_metrics": lambda _: print("\n".join(f"{k:18} {v}" for k, v in METRICS.items())),
+        "plot": reproduce.plot,
+        "explain": reproduce.explain,
+        "reproduce": lambda name: reproduce.reproduce(name, seeds, out("reproduce"), settings),
+        "eval": lambda path: reproduce.evaluate_checkpoint(path, **settings),
+        "warm_start": lambda _: reproduce.make_base(make_config(given), out("base")),
+        "save_hf": lambda paths: hub.save_run(*paths),
+        "calibrate": lambda _: hub.calibrate_layers(make_config(given), out("calibration")),
+    }
+    for action in actions.keys() & given.keys():
+        return actions[action](given[action])
+    if "toy" in given and "model" in given:
         raise UserError("--toy and --model: choose one")
-    elif given.keys() & {"toy", "model", "resume"}:
-        folder, task = train_command(given)
-        if RANK == 0:
-            reproduce.finish(folder, task)
-    else:
+    if not given.keys() & {"toy", "model", "resume"}:
         raise UserError("say what to do, for example --toy; see python ptdpo.py --help")
+    folder, task = train_command(given)
+    if RANK == 0:
+        reproduce.finish(folder, task)
 
 
 def main(argv=None):

@@ -61,9 +61,7 @@ def draw(objects, noise, rng, cell=8):
         else:
             pen.line([x + middle, y, x + middle, y + end], fill=ink, width=2 * thick)
             pen.line([x, y + middle, x + end, y + middle], fill=ink, width=2 * thick)
-    speckle = Image.frombytes(
-        "RGB", picture.size, rng.randbytes(3 * picture.width * picture.height)
-    )
+    speckle = Image.frombytes("RGB", picture.size, rng.randbytes(3 * (SIDE * cell) ** 2))
     return Image.blend(picture, speckle, noise), boxes
 
 
