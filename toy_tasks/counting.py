@@ -29,7 +29,6 @@ NUMBERS = [str(n) for n in range(13)]
 STEPS = "steps compare colour and shape ignore near misses"
 WORDS = ["<eos>", *"how many ? describe total look answer".split(), *STEPS.split(), *NUMBERS,
          *COLOURS, *SHAPES, *CELLS]  # fmt: skip
-HINTED = 10  # cells in a hint of the warm start
 
 
 @dataclass
@@ -70,7 +69,6 @@ class Counting:
 
     max_tokens, held_out = 14, math.inf
     base = "toy_tasks/base.safetensors"
-    lessons = ("tutored", "alone", "tutored", "calm", "alone", "describe")
 
     def __init__(self, difficulty=1.0, cell=8):
         self.cell = cell
@@ -116,38 +114,3 @@ class Counting:
         """`look r0c1 ... steps ...`; or the spoiler `answer 3`."""
         look = f"look {' '.join(regions)} " if regions else ""
         return f"answer {solution}" if solution else look + steps
-
-    def lesson(self, kind, rng):
-        """One example of the warm start -> problem, hint, answer."""
-        if kind == "describe":  # each object by one trait: the words for what is seen
-            scene, trait = self.scene(rng, rng.randrange(5), rng.randrange(5)), rng.randrange(2)
-            scene.question = f"describe {('colour', 'shape')[trait]}"
-            pairs = [f"{CELLS[c]} {scene.objects[c][trait]}" for c in sorted(scene.objects)]
-            return scene, "", " ".join(pairs)
-        if kind == "calm":  # up to three matches among few others: counted exactly
-            scene = self.scene(rng, rng.randrange(4), rng.randrange(5))
-            return scene, rng.choice(["", "", STEPS]), point_and_count(scene.targets)
-        scene = self.scene(rng, rng.randint(*self.matches), rng.randint(*self.others))
-        asked = scene.objects[scene.targets[0]]
-        near = [c for c, o in scene.objects.items() if (o[0] == asked[0]) != (o[1] == asked[1])]
-        slips = [c for c in near if rng.random() < 0.2]
-        if kind == "alone":  # a glance: some matches, a few slips (unless told the steps), a guess
-            hint = rng.choices(["", STEPS, self.hint_text([], "", scene.answer)], [70, 15, 15])[0]
-            named = sorted(scene.targets + (slips if hint != STEPS else []))
-            named = named[: 1 + next(n for n in range(99) if rng.random() < 0.5)]  # a coin a point
-            guess = rng.choices(range(1, 9), [14, 24, 34, 13, 6, 4, 3, 2])[0]
-            return scene, hint, point_and_count(named, scene.answer if "answer" in hint else guess)
-        # tutored: mark the matches among the listed cells, and no others, then count the marks
-        rest = [c for c in range(SIDE * SIDE) if c not in scene.targets]
-        rng.shuffle(rest)
-        good = scene.targets + sorted(rest, key=lambda c: c not in near)
-        cells = sorted(rng.choice([good[:HINTED], rng.sample(range(SIDE * SIDE), HINTED)]))
-        steps = rng.choice(["", STEPS])
-        marked = [c for c in cells if c in scene.targets or (c in slips and not steps)]
-        return scene, self.hint_text([CELLS[c] for c in cells], steps), point_and_count(marked)
-
-
-def point_and_count(cells, number=None):
-    """The words of an answer: cells in reading order, then how many, or another number."""
-    number = len(cells) if number is None else number
-    return " ".join([*(CELLS[c] for c in sorted(cells)), "total", str(number)])

@@ -9,7 +9,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import sys
 import time
 import warnings
@@ -23,6 +22,7 @@ from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
 import ptdpo
+from toy_tasks.warm_start import warm_start
 
 PANELS = ("accuracy", "point_f1", "entropy", "groups_all_failed", "groups_mixed", "jsd")
 
@@ -274,32 +274,6 @@ def measure(policy, task, config, layers, problems, kinds=KINDS):
         mean = None if None in recalls else sum(recalls) / len(problems)
         found[f"{source} {parts}"] = scores | {"recall": mean}
     return found
-
-
-def warm_start(task, policy, seed, steps=1200, batch=64):
-    """Teach an untrained policy all lessons of a task in turn; the learning rate ends at 0."""
-    named = policy.named_parameters()
-    matrices = [p for n, p in named if p.ndim == 2 and n[:3] not in ("emb", "pos")]
-    others = [p for p in policy.parameters() if all(p is not m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, 4e-3, 0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, 4e-3, (0.9, 0.95), weight_decay=0.01)]  # fmt: skip
-    for step in tqdm(range(steps), "warm start"):
-        rng = random.Random(f"warm start/{seed}/{step}")
-        lessons = [task.lesson(task.lessons[step % len(task.lessons)], rng) for _ in range(batch)]
-        prompts = [policy.encode(problem, hint) for problem, hint, _ in lessons]
-        answers = [policy.tokens(text) + [0] for _, _, text in lessons]
-        longest = max(map(len, answers))
-        ids = torch.tensor([a + [0] * (longest - len(a)) for a in answers])
-        mask = torch.arange(longest) < torch.tensor([[len(a)] for a in answers])
-        logp = (policy(prompts, ids)[0] @ policy.head_weight.T).log_softmax(-1)
-        loss = -logp.gather(-1, ids[..., None])[..., 0][mask].mean()
-        policy.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        for optimizer in optimizers:
-            rate = min(10 * (step + 1) / steps, (1 + math.cos(math.pi * step / steps)) / 2)
-            optimizer.param_groups[0]["lr"] = 4e-3 * rate
-            optimizer.step()
 
 
 def make_base(config, folder):
