@@ -170,7 +170,11 @@ def gather(rows, groups):
 
 # ----------------------------------------------------------------------------------------- policy
 class Policy(Protocol):
-    """All that the algorithm asks of a model. Pixels, padding, positions, caches stay behind it."""
+    """All that the algorithm asks of a model. Pixels, padding, positions, caches stay behind it.
+
+    `forward` ends at hidden states: [N, T, V] logits of a large model would be gigabytes. The
+    losses multiply by the head themselves, in chunks (token_stats).
+    """
 
     stop_ids: list[int]  # tokens that end an answer
     suppress_ids: list[int]  # tokens that no answer may hold, such as those for pictures
@@ -259,7 +263,7 @@ def generator(*key):
 
 
 def answer(policy, task, problems, group, temperature, key, hints=None):
-    """Sample and grade `group` answers to each problem -> Rollout.
+    """Sample and grade `group` answers to each problem, with hints or without -> Rollout.
 
     The noise of token t of answer g to prompt b depends on (key, b, g, t) alone, so that both
     methods, any micro-batch and a resumed run meet the same. Text is made for grading alone.
@@ -296,8 +300,9 @@ def group_advantages(rewards, group_size):
 def read_reference(ref, rollout, config, layers):
     """One pass of the frozen reference: log-probs for the KL and, on the way, attention.
 
-    Fills logp_ref [N, T] and relevance [B, R]: attention of the rows that *predict* answer tokens,
-    mean over the G answers of a group, whatever their rewards. Returns it by layer [L, B, R].
+    Fills logp_ref [N, T] and relevance [B, R]: attention to region r of the rows that *predict*
+    answer tokens, mean over layers, heads, tokens and the G answers of a group. Choosing among
+    them by reward would bring in the true answer. Returns it by layer [L, B, R].
     """
     B, R = len(rollout.prompts), max(len(ref.region_names(p)) for p in rollout.prompts)
     rollout.logp_ref = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
@@ -377,8 +382,9 @@ def build_hints(policy, task, rollout, config, key):
 def tutor(ref, rollout, config):
     """The frozen reference re-reads failed answers: same picture, same ids, the hint in context.
 
-    Fills distill [N], failed answers of groups whose solved share is below tau, and teacher
-    [N, T, H], hidden states: V/H times smaller than logits. Nobody generates with the hint.
+    q_t = pi_ref(. | x, h, y_<t) for all t of y_i, where i failed and the solved share of its group
+    is below tau. Fills distill [N], those i, and teacher [N, T, H], hidden states, which are V/H
+    times smaller than logits. Nobody generates with the hint.
     """
     G, size = config.group, config.micro_batch or config.prompts
     failed = ~rollout.solved & (rollout.solved_share < config.tau).repeat_interleave(G)
@@ -506,7 +512,11 @@ class TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, teacher, teacher_head, k, T, chunk, suppress, pair):
-        """Values, and what backward needs of them: log-sum-exp, union and slopes of each token."""
+        """Values, and what backward needs of them: log-sum-exp, union and slopes of each token.
+
+        A chunk's logits z [c, V] are used up by masses_. So what is asked of single ids is taken
+        out beforehand; `once` keeps an id that both Top-K hold from being counted twice.
+        """
         N, V, taught = len(hidden), len(weight), 0 if teacher is None else len(teacher)
         k = min(k, V) if taught else 0
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -540,7 +550,12 @@ class TokenStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp, _, g_jsd):
-        """The gradient of the docstring of token_stats, then two products."""
+        """The gradient by logits z, as in token_stats, then dh = grad W / T and dW = grad' h / T.
+
+        With s_c = slope_c - sum_b p_b slope_b, saved for each id of the union and for the rest,
+            grad_v = p_v (g_jsd s_c - g_logp) + [v = target] g_logp
+        is one factor for a whole row, that of the rest; ids of the union are overwritten.
+        """
         hidden, weight, targets, lse, union, slopes = ctx.saved_tensors
         T, chunk, suppress, cuts = ctx.constants
         dh = torch.empty_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
@@ -593,9 +608,11 @@ def masses_(z, ids, once, out):
 def weigh_tokens(rollout, config, distill_weight):
     """What each token of an update weighs in each loss, fixed before the first backward pass.
 
-    All means are taken here, over the whole update: cutting it into micro-batches changes nothing.
-    Policy and KL: mean over answers of the mean over tokens (dapo: over tokens). JSD: mean over all
-    failed tokens, so that with few failures left each carries much of lambda.
+    A mean is a sum of w[i, t] * value[i, t], all [N, T]. The denominators in w are those of the
+    whole update, so that cutting it into micro-batches, or over processes, changes nothing:
+        policy and KL   1 / (N |y_i|), the mean of the answers' means; dapo: 1 / sum_i |y_i|
+        JSD             1 / |F|, F the tokens of all answers to distil, in the whole update
+    With few failures left, |F| is small and each of their tokens carries much of lambda.
     """
     mask = rollout.mask.float()
     mean = mask / mask.sum(1, keepdim=True) / len(mask)
@@ -616,6 +633,7 @@ def total_loss(policy, ref, part, config):
     Returns the loss, a sum of weight * value, and values of each token [N, T] by name.
     """
     hidden, _ = policy.forward(part.prompts, part.completion)
+    # token_stats wants the taught tokens first and no padding; `order` is the way there and back.
     taught = part.mask & (False if part.teacher is None else part.distill[:, None])
     order = torch.cat([m.flatten().nonzero()[:, 0] for m in (taught, part.mask & ~taught)])
     teacher = None if part.teacher is None else part.teacher[taught]
@@ -660,8 +678,8 @@ def update(policy, ref, optimizer, rollout, config, distill_weight):
         for p in learned:
             over_ranks(p.grad)
         norms.append(torch.nn.utils.clip_grad_norm_(learned, config.clip_norm))
-        values = dict(zip(tokens, whole[-1].unbind(1)), loss=over_ranks(loss), gradient=norms[-1])
-        broken = [name for name, v in values.items() if not v.isfinite().all()]
+        checked = dict(zip(tokens, whole[-1].unbind(1)), loss=over_ranks(loss), gradient=norms[-1])
+        broken = [name for name, v in checked.items() if not v.isfinite().all()]
         skipped += broken
         if not broken:
             optimizer.step()
@@ -864,12 +882,16 @@ def start_run(folder, policy, optimizer, task, config, held_out):
     return state
 
 
-def load_run(folder, policy, optimizer, _task, config, _held_out):
-    """Go on with a run from its checkpoint; rows that were logged after it are cut off."""
+def load_run(folder, policy, optimizer, task, config, _held_out):
+    """Go on with a run from its checkpoint; rows that were logged after it are cut off.
+
+    So a step that is done again is logged once. UserError if base or logs are not the run's own.
+    """
     reference = checksum(dict(policy.named_parameters()))
     state = read_checkpoint(folder / "checkpoint.safetensors", policy, optimizer)
     if state["reference"] != reference:
-        raise UserError(f"{config.base}: not the base that {folder} began with; put that one back")
+        base = config.model or config.base or task.base
+        raise UserError(f"{base}: not the base that {folder} began with; put that one back")
     if any((folder / name).stat().st_size < state["sizes"][name] for name in LOGS):
         raise UserError(f"{folder}: logs shorter than at the checkpoint; use another copy")
     for name in LOGS:
@@ -915,6 +937,8 @@ def report(method, row, warnings):
 
 
 # ------------------------------------------------------------------------------------- checkpoint
+# One safetensors file holds all that a run goes on from: names and shapes say which model it fits,
+# the checksum that it is whole. It is loaded in place, into tensors that policy and AdamW own.
 def checksum(tensors, text=""):
     """SHA-256 of a state and its tensors, names and shapes included."""
     digest = hashlib.sha256(text.encode())
@@ -939,7 +963,10 @@ def write_whole(path, data):
 
 
 def live_tensors(policy, optimizer):
-    """All tensors of a checkpoint by name, not copies; AdamW is begun, at 0, if it had not."""
+    """All tensors of a checkpoint by name, not copies: what learns and, if given, AdamW's moments.
+
+    AdamW makes its state at its first step; here it is begun at 0, to have a place to load into.
+    """
     learned = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     live = {f"policy.{name}": p.detach() for name, p in learned.items()}
     for name, p in learned.items() if optimizer else ():
@@ -1002,7 +1029,7 @@ def stored_config(path, **changes):
 # ------------------------------------------------------------------------- vision-language models
 @dataclass
 class HFPrompt:
-    """One encoded prompt. Prompts about the same pictures share the tensors."""
+    """One encoded prompt. With and without a hint, it shares the tensors of its pictures."""
 
     ids: list
     pixels: torch.Tensor | None  # [patches of all pictures, values of a patch]
@@ -1085,8 +1112,8 @@ class HFPolicy(torch.nn.Module):
         content.append({"type": "text", "text": f"{problem.question}\n\n{hint}".strip()})
         message = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(message, add_generation_prompt=True)
-        pixels, grid = (like.pixels, like.grid) if like is not None else (None, None)
-        if like is None and problem.images:
+        pixels, grid = (like.pixels, like.grid) if like else (None, None)
+        if not like and problem.images:
             seen = self.processor.image_processor(images=problem.images, return_tensors="pt")
             pixels, grid = seen["pixel_values"], seen["image_grid_thw"]
         # The template marks each picture by one token; the model wants one for each of its tokens.
@@ -1159,8 +1186,10 @@ class HFPolicy(torch.nn.Module):
     def forward(self, prompts, completion, mask=None, layers=()):
         """Teacher-forced: hidden float32 [N, T, H] after the last norm, and attention on regions.
 
-        One packed row a prompt, in which each answer begins with a copy of the last prompt token,
-        the one that predicts its first. Columns behind the longest answer are 0 and cost nothing.
+        One packed row a prompt, attended to in toy_tasks/hub.py (packed_attention):
+            prompt but its last token (P) | answer 1: T columns | ... | answer G: T columns
+        Each answer begins with a copy of the last prompt token, the one that predicts its first.
+        Columns behind the longest answer are 0 and cost nothing.
         """
         used = int((completion != self.stop_ids[0]).sum(1).max()) + 1  # columns, the end included
         full, completion = completion.shape[1], completion[:, :used]
@@ -1171,11 +1200,13 @@ class HFPolicy(torch.nn.Module):
             G, device = N // B, ids.device
             answers = torch.cat([ids[:, P:].repeat_interleave(G, 0), completion[:, :-1]], 1)
             places = start[:, None] - 1 + torch.arange(T, device=device).repeat(G)
-            # What an answer sees: the prompt but for padding, and its own tokens up to this one.
+            # What an answer sees: the prompt but for padding, and its own tokens up to this one;
+            # bool [N, 1, T, P + T]. The prompt sees itself alone, hence inputs' mask [B, 1, P, P].
             past = torch.ones(T, T, dtype=torch.bool, device=device).tril().expand(N, -1, -1)
             before = real[:, None, :P].expand(-1, T, -1).repeat_interleave(G, 0)
             own = torch.cat([before, past], 2)[:, None]
-            # The positions are explicit: every answer goes on where the prompt ends.
+            # The positions are explicit: every answer goes on where the prompt ends. `looks` is
+            # filled on the way, by layer.
             inputs["input_ids"] = torch.cat([ids[:, :P], answers.view(B, -1)], 1)
             inputs["position_ids"] = torch.cat([positions[..., :P], places.expand(3, -1, -1)], 2)
             inputs["attention_mask"] = inputs["attention_mask"][..., :P, :P]
@@ -1216,6 +1247,7 @@ def parse(argv):
     """Command line -> the given flags by name; nothing is filled in."""
 
     def mistake(message):
+        """Let a wrong flag end like every other mistake of the user."""
         raise UserError(f"{message}; see python ptdpo.py --help")
 
     parser = argparse.ArgumentParser("ptdpo.py", argument_default=argparse.SUPPRESS)
