@@ -1044,17 +1044,12 @@ class HFPolicy(torch.nn.Module):
     """
 
     def __init__(self, config):
-        """Load --model, and settle what of it learns."""
+        """Load --model."""
         from toy_tasks.hub import load_model
 
         super().__init__()
-        gpu = torch.cuda.is_available()
-        kind = {"auto": "bfloat16" if gpu else "float32"}.get(config.dtype, config.dtype)
-        self.dtype, self.lora, self.frozen = getattr(torch, kind), config.lora > 0, False
-        self.processor, self.model = load_model(config, self.dtype)
-        self.model.to("cuda" if gpu else "cpu").eval()
-        # peft has frozen the rest; without it everything learns but, by default, the vision tower.
-        self.base.model.visual.requires_grad_(config.train_vision and not self.lora)
+        self.processor, self.model, self.dtype = load_model(config)
+        self.lora, self.frozen = config.lora > 0, False
         self.checkpointing, self.sample_batch = config.checkpointing, config.sample_batch
         settings = self.base.config
         self.num_layers = settings.text_config.num_hidden_layers

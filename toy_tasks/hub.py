@@ -11,16 +11,20 @@ import ptdpo
 from toy_tasks.jsonl import PLACES
 
 
-def load_model(config, dtype):
-    """Processor and model of --model, with packed_attention; UserError if that fails."""
+def load_model(config):
+    """Processor, model on its device, and dtype of its passes; UserError if that fails."""
+    gpu = torch.cuda.is_available()
+    kind = {"auto": "bfloat16" if gpu else "float32"}.get(config.dtype, config.dtype)
+    dtype = getattr(torch, kind)
     try:
-        return open_model(config, dtype)
+        processor, model = open_model(config, dtype)
     except torch.OutOfMemoryError:
         raise
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         mend = "pip install peft" if isinstance(error, ImportError) else "give a folder or hub name"
         reason = str(error).strip().splitlines()[0]
         raise ptdpo.UserError(f"--model {config.model}: {reason}; {mend}") from error
+    return processor, model.to("cuda" if gpu else "cpu").eval(), dtype
 
 
 def open_model(config, dtype):
@@ -43,7 +47,8 @@ def open_model(config, dtype):
     model.set_attn_implementation({"text_config": "packed"})
     if config.checkpointing:
         model.gradient_checkpointing_enable()
-    if config.lora:
+    model.model.visual.requires_grad_(config.train_vision)
+    if config.lora:  # freezes all but the adapters
         model = with_adapters(model, config.lora)
     return processor, model
 
