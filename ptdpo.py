@@ -809,7 +809,12 @@ STOP = []  # signals received: the step in progress is finished and saved first
 
 
 def train(policy, task, config, folder, resume=False):
-    """The training loop. All that a run leaves is in `folder`; README lists it."""
+    """The training loop: rollout to update, as above; then evaluation, log, checkpoint.
+
+    All that a run leaves is in `folder`; README lists it. Prompts and noise of a step depend on the
+    seed and its number alone, so both methods see the same, and so does a run that is resumed.
+    Raises UserError after `max_skipped` steps without an update, SystemExit after a signal.
+    """
     ref = policy.frozen_copy()
     learned = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, config.lr, weight_decay=config.weight_decay)
@@ -1122,7 +1127,10 @@ class HFPolicy(torch.nn.Module):
 
     def pack(self, prompts):
         """Prompts, padded on the left, and all their pictures as inputs of the model; which tokens
-        are no padding, bool [B, P]; and the position of the first answer token [B]."""
+        are no padding, bool [B, P]; and the position of the first answer token [B].
+
+        A token has three positions, [3, B, P]: time, row and column. They differ in pictures alone.
+        """
         P, device = max(len(p.ids) for p in prompts), self.base.device
         ids = torch.tensor([[self.stop_ids[0]] * (P - len(p.ids)) + p.ids for p in prompts])
         real = torch.tensor([[0] * (P - len(p.ids)) + [1] * len(p.ids) for p in prompts])
@@ -1354,7 +1362,10 @@ def child(*args):
 
 
 def side_by_side(runs):
-    """All runs at once, one process each; a signal is passed on to them."""
+    """All runs at once, one process each; a signal is passed on to them, and they save.
+
+    Exits with the worst of their codes, unless all is well.
+    """
     context = multiprocessing.get_context("spawn")
     children = [context.Process(target=child, args=r) for r in runs]
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -4,11 +4,11 @@ An answer points, then counts; only the number is rewarded. As the true cells ar
 things can be measured that a benchmark cannot: whether the points are right, whether a number is
 right for the right reason, and whether a hint looks at the right places.
 
-The base is warm-started so that its weakness is real and has a cause that can be told. On its own
-it *glances*: it names a few matches, slips in a near miss, and guesses a small number. With a hint
-it does as it is told: it checks the listed cells, compares colour and shape, and counts its marks.
-Alone it never saw a number that follows from the points, so reward cannot lead from the one habit
-to the other step by step; a tutor can.
+The base is warm-started (toy_tasks/warm_start.py) so that its weakness is real and has a cause
+that can be told. On its own it *glances*: it names a few matches, slips in a near miss, and guesses
+a small number. With a hint it does as it is told: it checks the listed cells, compares colour and
+shape, and counts its marks. Alone it never saw a number that follows from the points, so reward
+cannot lead from the one habit to the other step by step; a tutor can.
 """
 
 import math
