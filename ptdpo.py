@@ -275,8 +275,7 @@ def answer(policy, task, problems, group, temperature, key, hints=None):
     completion = gather(policy.sample(prompts[own(B)], torch.stack(noise), temperature), B)
     stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=completion.device))
     mask = stop.cumsum(1) - stop.long() == 0  # by the first stop token, never by a pad's value
-    lengths = (mask & ~stop).sum(1).tolist()
-    texts = [policy.text(ids[:n]) for ids, n in zip(completion.tolist(), lengths)]
+    texts = [policy.text(ids[said].tolist()) for ids, said in zip(completion, mask & ~stop)]
     asked = [p for p in problems for _ in range(group)]
     grades = [task.grade(*row) for row in zip(asked, texts, stop.any(1).tolist())]
     return Rollout(problems, prompts, completion, mask, texts, grades)
@@ -311,7 +310,7 @@ def read_reference(ref, rollout, config, layers):
         hidden, attention = ref.forward(part.prompts, part.completion, part.mask, layers)
         tokens = (hidden[part.mask], ref.head_weight, part.completion[part.mask])
         over = {"temperature": config.temperature, "suppress_ids": ref.suppress_ids}
-        part.logp_ref[part.mask] = token_stats(*tokens, **over)[0]
+        part.logp_ref[part.mask] = token_stats(*tokens, **over)[0]  # its own log-probs; see losses
         if layers:  # a part may have fewer regions than the whole: fewer pictures
             looks = attention.unflatten(1, (len(part.problems), -1)).mean(2).transpose(0, 1)
             part.relevance[..., : looks.shape[-1]] = looks
@@ -855,7 +854,7 @@ def train(policy, task, config, folder, resume=False):
         if monitor.skipped >= config.max_skipped:
             raise UserError(f"{folder}: {warnings[0]}; {monitor.skipped} steps in a row, stopped")
         if stop:
-            tqdm.write(f"stopped after step {step}: python ptdpo.py --resume {folder}")
+            tqdm.write(f"stopped after step {step}: python ptdpo.py --resume {folder}\n", end="")
             raise SystemExit(128 + stop)
 
 
@@ -932,13 +931,16 @@ def sample_row(policy, rollout, tokens, step):
 
 @by_rank_0
 def report(method, row, warnings):
-    """Rows with an evaluation, and warnings, for the terminal."""
+    """Rows with an evaluation, and warnings, for the terminal.
+
+    A line and its end are written at once: both methods may share the terminal.
+    """
+    lines = [f"warning: {text}" for text in warnings]
     if row["accuracy"] is not None:
         names = ("reward", "accuracy", "point_f1", "entropy", "groups_all_failed", "jsd")
-        shown = "  ".join(f"{n} {row[n]:.3f}" for n in names if row[n] is not None)
-        tqdm.write(f"{method:6} step {row['step']:4}  {shown}")
-    for text in warnings:
-        tqdm.write(f"{method:6} step {row['step']:4}  warning: {text}")
+        lines = ["  ".join(f"{n} {row[n]:.3f}" for n in names if row[n] is not None), *lines]
+    for line in lines:
+        tqdm.write(f"{method:6} step {row['step']:4}  {line}\n", end="")
 
 
 # ------------------------------------------------------------------------------------- checkpoint
