@@ -35,7 +35,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -163,8 +162,6 @@ def own(groups):
 
 def gather(rows, groups):
     """Rows [n, ...] of the groups of this process -> rows of all groups."""
-    if RANKS == 1:
-        return rows
     each = len(rows) // (own(groups).stop - own(groups).start)
     whole = rows.new_zeros(groups * each, *rows.shape[1:])
     whole[own(groups).start * each : own(groups).stop * each] = rows
@@ -173,7 +170,11 @@ def gather(rows, groups):
 
 # ----------------------------------------------------------------------------------------- policy
 class Policy(Protocol):
-    """All that the algorithm asks of a model. Pixels, padding, positions, caches stay behind it."""
+    """All that the algorithm asks of a model. Pixels, padding, positions, caches stay behind it.
+
+    `forward` ends at hidden states: [N, T, V] logits of a large model would be gigabytes. The
+    losses multiply by the head themselves, in chunks (token_stats).
+    """
 
     stop_ids: list[int]  # tokens that end an answer
     suppress_ids: list[int]  # tokens that no answer may hold, such as those for pictures
@@ -239,11 +240,15 @@ class Rollout:
         return self.solved.view(len(self.problems), -1).float().mean(1)
 
     def parts(self, size=0, count=1):
-        """Cut into whole groups: `size` groups a part (0: all), or `count` parts of even size."""
+        """Cut into whole groups: `size` groups a part or, at size 0, `count` parts of even size.
+
+        A field has B rows, one a prompt, or N = B*G, one an answer; it is cut accordingly. Tensors
+        of a part are views: what is written into them stands in the whole.
+        """
         B, N, count = len(self.problems), len(self.mask), min(count, len(self.problems))
-        even = [i * B // count for i in range(count + 1)]
-        for at, to in pairwise([*range(0, B, size), B] if size else even):
-            rows = {n: slice(at * n // B, to * n // B) for n in (B, N)}  # a field has B or N rows
+        cuts = [*range(0, B, size), B] if size else [i * B // count for i in range(count + 1)]
+        for a, b in pairwise(cuts):
+            rows = {n: slice(a * n // B, b * n // B) for n in (B, N)}
             yield Rollout(**{k: v if v is None else v[rows[len(v)]] for k, v in vars(self).items()})
 
     def mine(self):
@@ -258,21 +263,19 @@ def generator(*key):
 
 
 def answer(policy, task, problems, group, temperature, key, hints=None):
-    """Sample and grade `group` answers to each problem -> Rollout.
+    """Sample and grade `group` answers to each problem, with hints or without -> Rollout.
 
     The noise of token t of answer g to prompt b depends on (key, b, g, t) alone, so that both
     methods, any micro-batch and a resumed run meet the same. Text is made for grading alone.
     """
     B, hints = len(problems), hints or [""] * len(problems)
     prompts = [policy.encode(p, h) for p, h in zip(problems, hints)]
-    streams = [generator(*key, b, g) for b in range(B) for g in range(group)]
+    streams = [generator(*key, b, g) for b in range(B)[own(B)] for g in range(group)]
     noise = [torch.rand(task.max_tokens, generator=s, dtype=torch.double) for s in streams]
-    noise = torch.stack(noise).view(B, group, -1)[own(B)].flatten(0, 1)
-    completion = gather(policy.sample(prompts[own(B)], noise, temperature), B)
+    completion = gather(policy.sample(prompts[own(B)], torch.stack(noise), temperature), B)
     stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=completion.device))
     mask = stop.cumsum(1) - stop.long() == 0  # by the first stop token, never by a pad's value
-    lengths = (mask & ~stop).sum(1).tolist()
-    texts = [policy.text(ids[:n]) for ids, n in zip(completion.tolist(), lengths)]
+    texts = [policy.text(ids[said].tolist()) for ids, said in zip(completion, mask & ~stop)]
     asked = [p for p in problems for _ in range(group)]
     grades = [task.grade(*row) for row in zip(asked, texts, stop.any(1).tolist())]
     return Rollout(problems, prompts, completion, mask, texts, grades)
@@ -296,8 +299,9 @@ def group_advantages(rewards, group_size):
 def read_reference(ref, rollout, config, layers):
     """One pass of the frozen reference: log-probs for the KL and, on the way, attention.
 
-    Fills logp_ref [N, T] and relevance [B, R]: attention of the rows that *predict* answer tokens,
-    mean over the G answers of a group, whatever their rewards. Returns it by layer [L, B, R].
+    Fills logp_ref [N, T] and relevance [B, R]: attention to region r of the rows that *predict*
+    answer tokens, mean over layers, heads, tokens and the G answers of a group. Choosing among
+    them by reward would bring in the true answer. Returns it by layer [L, B, R].
     """
     B, R = len(rollout.prompts), max(len(ref.region_names(p)) for p in rollout.prompts)
     rollout.logp_ref = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
@@ -306,7 +310,7 @@ def read_reference(ref, rollout, config, layers):
         hidden, attention = ref.forward(part.prompts, part.completion, part.mask, layers)
         tokens = (hidden[part.mask], ref.head_weight, part.completion[part.mask])
         over = {"temperature": config.temperature, "suppress_ids": ref.suppress_ids}
-        part.logp_ref[part.mask] = token_stats(*tokens, **over)[0]
+        part.logp_ref[part.mask] = token_stats(*tokens, **over)[0]  # its own log-probs; see losses
         if layers:  # a part may have fewer regions than the whole: fewer pictures
             looks = attention.unflatten(1, (len(part.problems), -1)).mean(2).transpose(0, 1)
             part.relevance[..., : looks.shape[-1]] = looks
@@ -366,9 +370,8 @@ def build_hints(policy, task, rollout, config, key):
         rejected = spoils(problem.steps, problem.answer)
         where = [names[r] for r in regions] if config.hint_parts != "steps" else []
         steps = problem.steps if config.hint_parts != "where" and not rejected else ""
-        text = "" if config.hint == "none" else task.hint_text(where, steps)
-        if config.hint == "answer":
-            text = task.hint_text([], "", problem.answer)
+        others = {"none": "", "answer": task.hint_text([], "", problem.answer)}
+        text = others.get(config.hint, task.hint_text(where, steps))
         hints.append(Hint(regions, text, rejected))
     return hints
 
@@ -378,8 +381,9 @@ def build_hints(policy, task, rollout, config, key):
 def tutor(ref, rollout, config):
     """The frozen reference re-reads failed answers: same picture, same ids, the hint in context.
 
-    Fills distill [N], failed answers of groups whose solved share is below tau, and teacher
-    [N, T, H], hidden states: V/H times smaller than logits. Nobody generates with the hint.
+    q_t = pi_ref(. | x, h, y_<t) for all t of y_i, where i failed and the solved share of its group
+    is below tau. Fills distill [N], those i, and teacher [N, T, H], hidden states, which are V/H
+    times smaller than logits. Nobody generates with the hint.
     """
     G, size = config.group, config.micro_batch or config.prompts
     failed = ~rollout.solved & (rollout.solved_share < config.tau).repeat_interleave(G)
@@ -387,11 +391,10 @@ def tutor(ref, rollout, config):
     rollout.teacher = ref.head_weight.new_zeros(*rollout.mask.shape, ref.head_weight.shape[1])
     groups = rollout.distill.view(-1, G).any(1).nonzero()[:, 0].tolist()
     groups = groups[own(len(groups))]
+    told = list(zip(rollout.problems, [hint.text for hint in rollout.hints], rollout.prompts))
     for some in (groups[i : i + size] for i in range(0, len(groups), size)):
-        plain = [rollout.prompts[b] for b in some]
-        asked = [(rollout.problems[b], rollout.hints[b].text) for b in some]
-        tutored = [ref.encode(*a, like=p) for a, p in zip(asked, plain)]
-        assert all(t.pixels is p.pixels for t, p in zip(tutored, plain))
+        tutored = [ref.encode(*told[b]) for b in some]
+        assert all(t.pixels is told[b][2].pixels for t, b in zip(tutored, some))
         rows = torch.cat([torch.arange(b * G, b * G + G) for b in some])
         rollout.teacher[rows] = ref.forward(tutored, rollout.completion[rows])[0]
     over_ranks(rollout.teacher)
@@ -499,10 +502,8 @@ def token_stats(hidden, weight, targets, teacher_hidden=None, teacher_weight=Non
     with c the bucket of v is softmax times one scalar a token, but for the ids in the union.
     """
     suppress = torch.tensor(list(suppress_ids), dtype=torch.long, device=hidden.device)
-    teacher, pair = (teacher_hidden, teacher_weight), DIVERGENCES[divergence]
-    return TokenStats.apply(
-        hidden, weight, targets, *teacher, k, temperature, chunk, suppress, pair
-    )
+    options = k, temperature, chunk, suppress, DIVERGENCES[divergence]
+    return TokenStats.apply(hidden, weight, targets, teacher_hidden, teacher_weight, *options)
 
 
 class TokenStats(torch.autograd.Function):
@@ -510,7 +511,11 @@ class TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, teacher, teacher_head, k, T, chunk, suppress, pair):
-        """Values, and what backward needs of them: log-sum-exp, union and slopes of each token."""
+        """Values, and what backward needs of them: log-sum-exp, union and slopes of each token.
+
+        A chunk's logits z [c, V] are used up by masses_. So what is asked of single ids is taken
+        out beforehand; `once` keeps an id that both Top-K hold from being counted twice.
+        """
         N, V, taught = len(hidden), len(weight), 0 if teacher is None else len(teacher)
         k = min(k, V) if taught else 0
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -544,7 +549,12 @@ class TokenStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp, _, g_jsd):
-        """The gradient of the docstring of token_stats, then two products."""
+        """The gradient by logits z, as in token_stats, then dh = grad W / T and dW = grad' h / T.
+
+        With s_c = slope_c - sum_b p_b slope_b, saved for each id of the union and for the rest,
+            grad_v = p_v (g_jsd s_c - g_logp) + [v = target] g_logp
+        is one factor for a whole row, that of the rest; ids of the union are overwritten.
+        """
         hidden, weight, targets, lse, union, slopes = ctx.saved_tensors
         T, chunk, suppress, cuts = ctx.constants
         dh = torch.empty_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
@@ -597,9 +607,11 @@ def masses_(z, ids, once, out):
 def weigh_tokens(rollout, config, distill_weight):
     """What each token of an update weighs in each loss, fixed before the first backward pass.
 
-    All means are taken here, over the whole update: cutting it into micro-batches changes nothing.
-    Policy and KL: mean over answers of the mean over tokens (dapo: over tokens). JSD: mean over all
-    failed tokens, so that with few failures left each carries much of lambda.
+    A mean is a sum of w[i, t] * value[i, t], all [N, T]. The denominators in w are those of the
+    whole update, so that cutting it into micro-batches, or over processes, changes nothing:
+        policy and KL   1 / (N |y_i|), the mean of the answers' means; dapo: 1 / sum_i |y_i|
+        JSD             1 / |F|, F the tokens of all answers to distil, in the whole update
+    With few failures left, |F| is small and each of their tokens carries much of lambda.
     """
     mask = rollout.mask.float()
     mean = mask / mask.sum(1, keepdim=True) / len(mask)
@@ -620,6 +632,7 @@ def total_loss(policy, ref, part, config):
     Returns the loss, a sum of weight * value, and values of each token [N, T] by name.
     """
     hidden, _ = policy.forward(part.prompts, part.completion)
+    # token_stats wants the taught tokens first and no padding; `order` is the way there and back.
     taught = part.mask & (False if part.teacher is None else part.distill[:, None])
     order = torch.cat([m.flatten().nonzero()[:, 0] for m in (taught, part.mask & ~taught)])
     teacher = None if part.teacher is None else part.teacher[taught]
@@ -661,17 +674,16 @@ def update(policy, ref, optimizer, rollout, config, distill_weight):
             loss += summand.detach()
             values.append(torch.stack([v.detach() for v in tokens.values()], 1))  # [n, 4, T]
         whole.append(gather(torch.cat(values), len(share.problems)))
-        suspects = [*zip(tokens, whole[-1].unbind(1)), ("loss", over_ranks(loss))]
-        broken = [name for name, v in suspects if not v.isfinite().all()]
         for p in learned:
             over_ranks(p.grad)
-        norms.append(torch.nn.utils.clip_grad_norm_(learned, config.clip_norm).item())
-        if broken or not math.isfinite(norms[-1]):
-            skipped += [*broken, "gradient"]
-        else:
+        norms.append(torch.nn.utils.clip_grad_norm_(learned, config.clip_norm))
+        checked = dict(zip(tokens, whole[-1].unbind(1)), loss=over_ranks(loss), gradient=norms[-1])
+        broken = [name for name, v in checked.items() if not v.isfinite().all()]
+        skipped += broken
+        if not broken:
             optimizer.step()
     rollout.skipped = next(iter(skipped), None)
-    return dict(zip(tokens, torch.cat(whole).unbind(1))), sum(norms) / len(norms)
+    return dict(zip(tokens, torch.cat(whole).unbind(1))), sum(n.item() for n in norms) / len(norms)
 
 
 # ---------------------------------------------------------------------------- metrics and monitor
@@ -753,18 +765,18 @@ class Monitor:
         x = torch.arange(len(self.recent)) - (len(self.recent) - 1) / 2
         y = torch.tensor([r["entropy"] for r in self.recent])
         row["entropy_slope"] = ((x * y).sum() / (x * x).sum()).item() if len(y) > 1 else None
-        low, failing = self.start_entropy / 5, row["solved"] < 0.5
-        signs = [
-            ("groups_mixed", 0, "no mixed group, the policy gradient is 0: raise --group"),
-            ("groups_all_solved", -1, "all is solved, nothing to tutor: raise --difficulty"),
-            ("jsd", 1e-4, "JSD near 0, the hint changes nothing: can the base read hints?"),
-            ("hint_recall", 1.1 * chance, "hints no better than random: try --hint-layers 2"),
-            ("entropy", low if failing else 0, "entropy collapsed, answers fail: lower --lr"),
+        low = self.start_entropy / 5 if row["solved"] < 0.5 else -1
+        signs = [  # dead is what stays between two bounds
+            ("groups_mixed", 0, 0, "no mixed group, the policy gradient is 0: raise --group"),
+            ("groups_all_solved", 1, 1, "all is solved, nothing to tutor: raise --difficulty"),
+            ("jsd", -1, 1e-4, "JSD near 0, the hint changes nothing: can the base read hints?"),
+            ("hint_recall", 0, 1.1 * chance, "hints no better than random: try --hint-layers 2"),
+            ("entropy", -1, low, "entropy collapsed, answers fail: lower --lr"),
         ]
         new = []
-        for name, bound, text in signs:
+        for name, least, most, text in signs:
             values = [r[name] for r in self.recent]
-            dead = None not in values and all(v == 1 if bound < 0 else v <= bound for v in values)
+            dead = None not in values and all(least <= v <= most for v in values)
             if dead and len(values) == 10 and name not in self.said:
                 new.append(f"for 10 steps {text}")
                 self.said.append(name)
@@ -796,7 +808,12 @@ STOP = []  # signals received: the step in progress is finished and saved first
 
 
 def train(policy, task, config, folder, resume=False):
-    """The training loop. All that a run leaves is in `folder`; README lists it."""
+    """The training loop: rollout to update, as above; then evaluation, log, checkpoint.
+
+    All that a run leaves is in `folder`; README lists it. Prompts and noise of a step depend on the
+    seed and its number alone, so both methods see the same, and so does a run that is resumed.
+    Raises UserError after `max_skipped` steps without an update, SystemExit after a signal.
+    """
     ref = policy.frozen_copy()
     learned = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, config.lr, weight_decay=config.weight_decay)
@@ -837,15 +854,16 @@ def train(policy, task, config, folder, resume=False):
         if monitor.skipped >= config.max_skipped:
             raise UserError(f"{folder}: {warnings[0]}; {monitor.skipped} steps in a row, stopped")
         if stop:
-            tqdm.write(f"stopped after step {step}: python ptdpo.py --resume {folder}")
+            tqdm.write(f"stopped after step {step}: python ptdpo.py --resume {folder}\n", end="")
             raise SystemExit(128 + stop)
 
 
 def provenance():
-    """Which code ran: commit, if it is a checkout, and versions."""
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"commit": git.stdout.strip() or None, "versions": versions}
+    """Which code ran: versions and commit, None without git or outside of a checkout."""
+    ask = {"shell": True, "cwd": HERE, "capture_output": True, "text": True}
+    commit = subprocess.run("git rev-parse HEAD", **ask).stdout.strip() or None
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    return {"commit": commit, "versions": versions}
 
 
 def start_run(folder, policy, optimizer, task, config, held_out):
@@ -868,12 +886,16 @@ def start_run(folder, policy, optimizer, task, config, held_out):
     return state
 
 
-def load_run(folder, policy, optimizer, _task, config, _held_out):
-    """Go on with a run from its checkpoint; rows that were logged after it are cut off."""
+def load_run(folder, policy, optimizer, task, config, _held_out):
+    """Go on with a run from its checkpoint; rows that were logged after it are cut off.
+
+    So a step that is done again is logged once. UserError if base or logs are not the run's own.
+    """
     reference = checksum(dict(policy.named_parameters()))
     state = read_checkpoint(folder / "checkpoint.safetensors", policy, optimizer)
     if state["reference"] != reference:
-        raise UserError(f"{config.base}: not the base that {folder} began with; put that one back")
+        base = config.model or config.base or task.base
+        raise UserError(f"{base}: not the base that {folder} began with; put that one back")
     if any((folder / name).stat().st_size < state["sizes"][name] for name in LOGS):
         raise UserError(f"{folder}: logs shorter than at the checkpoint; use another copy")
     for name in LOGS:
@@ -909,16 +931,21 @@ def sample_row(policy, rollout, tokens, step):
 
 @by_rank_0
 def report(method, row, warnings):
-    """Rows with an evaluation, and warnings, for the terminal."""
+    """Rows with an evaluation, and warnings, for the terminal.
+
+    A line and its end are written at once: both methods may share the terminal.
+    """
+    lines = [f"warning: {text}" for text in warnings]
     if row["accuracy"] is not None:
         names = ("reward", "accuracy", "point_f1", "entropy", "groups_all_failed", "jsd")
-        shown = "  ".join(f"{n} {row[n]:.3f}" for n in names if row[n] is not None)
-        tqdm.write(f"{method:6} step {row['step']:4}  {shown}")
-    for text in warnings:
-        tqdm.write(f"{method:6} step {row['step']:4}  warning: {text}")
+        lines = ["  ".join(f"{n} {row[n]:.3f}" for n in names if row[n] is not None), *lines]
+    for line in lines:
+        tqdm.write(f"{method:6} step {row['step']:4}  {line}\n", end="")
 
 
 # ------------------------------------------------------------------------------------- checkpoint
+# One safetensors file holds all that a run goes on from: names and shapes say which model it fits,
+# the checksum that it is whole. It is loaded in place, into tensors that policy and AdamW own.
 def checksum(tensors, text=""):
     """SHA-256 of a state and its tensors, names and shapes included."""
     digest = hashlib.sha256(text.encode())
@@ -943,7 +970,10 @@ def write_whole(path, data):
 
 
 def live_tensors(policy, optimizer):
-    """All tensors of a checkpoint by name, not copies; AdamW is begun, at 0, if it had not."""
+    """All tensors of a checkpoint by name, not copies: what learns and, if given, AdamW's moments.
+
+    AdamW makes its state at its first step; here it is begun at 0, to have a place to load into.
+    """
     learned = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     live = {f"policy.{name}": p.detach() for name, p in learned.items()}
     for name, p in learned.items() if optimizer else ():
@@ -1006,47 +1036,11 @@ def stored_config(path, **changes):
 # ------------------------------------------------------------------------- vision-language models
 @dataclass
 class HFPrompt:
-    """One encoded prompt. Prompts about the same pictures share the tensors."""
+    """One encoded prompt. With and without a hint, it shares the tensors of its pictures."""
 
     ids: list
     pixels: torch.Tensor | None  # [patches of all pictures, values of a patch]
     grid: torch.Tensor | None  # [pictures, 3]: frames, rows, columns of patches
-
-
-def packed_attention(module, query, key, value, seen, own=None, probe=None, scaling=None, **kw):
-    """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T tokens of answer G.
-
-    seen [B, 1, P, P]: prompt on itself; own [N, 1, T, P + T]: answers on the prompt and their past.
-    Two calls, not one with a block mask: no [S, S] table, no work on pairs blind to each other.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    attend, P = ALL_ATTENTION_FUNCTIONS["sdpa"], seen.shape[-1]
-    if own is None:  # sampling, where the cache is repeated instead
-        return attend(module, query, key, value, seen, scaling=scaling, **kw)
-    # Every answer becomes a row of its own, with the keys of its prompt put before its own.
-    G, qkv = len(own) // len(query), (query, key, value)
-    shared = [x[:, :, :P] for x in qkv]
-    mine = [x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1) for x in qkv]
-    pairs = zip(shared[1:], mine[1:])
-    k, v = (torch.cat([x.repeat_interleave(G, 0), y], 2) for x, y in pairs)  # [N, heads, P + T, D]
-    if probe is not None:
-        probe(module.layer_idx, mine[0].detach(), k.detach(), scaling)
-    prompt = attend(module, *shared, seen, scaling=scaling, **kw)[0]
-    answer = attend(module, mine[0], k, v, own, scaling=scaling, **kw)[0]  # [N, T, heads, D]
-    return torch.cat([prompt, answer.unflatten(0, (-1, G)).flatten(1, 2)], 1), None
-
-
-def read_attention(q, k, own, mask, scale):
-    """Attention of q on the prompt, mean of heads and of the places in mask: float32 [N, P]."""
-    looks = []
-    with torch.autocast(q.device.type, enabled=False):
-        for q_n, k_n, seen, m in zip(q, k, own, mask.float()):  # one by one, to save memory
-            heads = q_n.float().unflatten(0, (len(k_n), -1))  # those that share keys, together
-            score = torch.einsum("khtd,ksd->khts", heads, k_n.float()) * scale
-            weight = score.masked_fill(~seen, -math.inf).softmax(-1).mean((0, 1))
-            looks.append(m @ weight / m.sum().clamp_min(1))
-    return torch.stack(looks)[:, : -mask.shape[1]]
 
 
 class HFPolicy(torch.nn.Module):
@@ -1057,17 +1051,12 @@ class HFPolicy(torch.nn.Module):
     """
 
     def __init__(self, config):
-        """Load --model, and settle what of it learns."""
+        """Load --model."""
         from toy_tasks.hub import load_model
 
         super().__init__()
-        gpu = torch.cuda.is_available()
-        kind = {"auto": "bfloat16" if gpu else "float32"}.get(config.dtype, config.dtype)
-        self.dtype, self.lora, self.frozen = getattr(torch, kind), config.lora > 0, False
-        self.processor, self.model = load_model(config, self.dtype, packed_attention)
-        self.model.to("cuda" if gpu else "cpu").eval()
-        # peft has frozen the rest; without it everything learns but, by default, the vision tower.
-        self.base.model.visual.requires_grad_(config.train_vision and not self.lora)
+        self.processor, self.model, self.dtype = load_model(config)
+        self.lora, self.frozen = config.lora > 0, False
         self.checkpointing, self.sample_batch = config.checkpointing, config.sample_batch
         settings = self.base.config
         self.num_layers = settings.text_config.num_hidden_layers
@@ -1125,8 +1114,8 @@ class HFPolicy(torch.nn.Module):
         content.append({"type": "text", "text": f"{problem.question}\n\n{hint}".strip()})
         message = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(message, add_generation_prompt=True)
-        pixels, grid = (like.pixels, like.grid) if like is not None else (None, None)
-        if like is None and problem.images:
+        pixels, grid = (like.pixels, like.grid) if like else (None, None)
+        if not like and problem.images:
             seen = self.processor.image_processor(images=problem.images, return_tensors="pt")
             pixels, grid = seen["pixel_values"], seen["image_grid_thw"]
         # The template marks each picture by one token; the model wants one for each of its tokens.
@@ -1140,7 +1129,10 @@ class HFPolicy(torch.nn.Module):
 
     def pack(self, prompts):
         """Prompts, padded on the left, and all their pictures as inputs of the model; which tokens
-        are no padding, bool [B, P]; and the position of the first answer token [B]."""
+        are no padding, bool [B, P]; and the position of the first answer token [B].
+
+        A token has three positions, [3, B, P]: time, row and column. They differ in pictures alone.
+        """
         P, device = max(len(p.ids) for p in prompts), self.base.device
         ids = torch.tensor([[self.stop_ids[0]] * (P - len(p.ids)) + p.ids for p in prompts])
         real = torch.tensor([[0] * (P - len(p.ids)) + [1] * len(p.ids) for p in prompts])
@@ -1175,36 +1167,34 @@ class HFPolicy(torch.nn.Module):
             cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
             cache.batch_repeat_interleave(G)
             hidden, real, start = (x.repeat_interleave(G, 0) for x in (hidden, real, start))
-            return self.decode(hidden, cache, real, start, uniforms.to(real.device), temperature)
-
-    def decode(self, hidden, cache, real, start, uniforms, temperature):
-        """One token at a time from the hidden states [N, H] of the last prompt column."""
-        (N, P), T = real.shape, uniforms.shape[1]
-        seen = torch.cat([real, real.new_ones(N, T)], 1)[:, None, None]
-        stop = torch.tensor(self.stop_ids, device=real.device)
-        answer, done = stop[0].repeat(N, T), torch.zeros_like(real[:, 0])
-        for t in range(T):
-            with torch.autocast(real.device.type, enabled=False):
-                logits = hidden.float() @ self.head_weight.T
-            logits[:, self.suppress_ids] = -math.inf  # they would be taken for pictures
-            token = logits.argmax(-1)
-            if temperature > 0:  # `<=`, lest u = 0 take a token of probability 0
-                total = (logits.double() / temperature).softmax(-1).cumsum(-1)
-                token = (total <= uniforms[:, t, None] * total[:, -1:]).sum(-1)
-            answer[:, t] = torch.where(done, answer[:, t], token)
-            done |= torch.isin(token, stop)
-            if done.all() or t == T - 1:
-                return answer
-            step = {"input_ids": answer[:, t, None], "attention_mask": seen[..., : P + t + 1]}
-            step["position_ids"] = (start + t)[None, :, None].expand(3, -1, -1)
-            out = self.base.model(**step, past_key_values=cache, use_cache=True)
-            hidden = out.last_hidden_state[:, 0]
+            uniforms, (N, P), T = uniforms.to(real.device), real.shape, uniforms.shape[1]
+            seen = torch.cat([real, real.new_ones(N, T)], 1)[:, None, None]
+            stop = torch.tensor(self.stop_ids, device=real.device)
+            answer, done = stop[0].repeat(N, T), torch.zeros_like(real[:, 0])
+            for t in range(T):
+                with torch.autocast(real.device.type, enabled=False):
+                    logits = hidden.float() @ self.head_weight.T
+                logits[:, self.suppress_ids] = -math.inf  # they would be taken for pictures
+                token = logits.argmax(-1)
+                if temperature > 0:  # `<=`, lest u = 0 take a token of probability 0
+                    total = (logits.double() / temperature).softmax(-1).cumsum(-1)
+                    token = (total <= uniforms[:, t, None] * total[:, -1:]).sum(-1)
+                answer[:, t] = torch.where(done, answer[:, t], token)
+                done |= torch.isin(token, stop)
+                if done.all() or t == T - 1:
+                    return answer
+                step = {"input_ids": answer[:, t, None], "attention_mask": seen[..., : P + t + 1]}
+                step["position_ids"] = (start + t)[None, :, None].expand(3, -1, -1)
+                out = self.base.model(**step, past_key_values=cache, use_cache=True)
+                hidden = out.last_hidden_state[:, 0]
 
     def forward(self, prompts, completion, mask=None, layers=()):
         """Teacher-forced: hidden float32 [N, T, H] after the last norm, and attention on regions.
 
-        One packed row a prompt, in which each answer begins with a copy of the last prompt token,
-        the one that predicts its first. Columns behind the longest answer are 0 and cost nothing.
+        One packed row a prompt, attended to in toy_tasks/hub.py (packed_attention):
+            prompt but its last token (P) | answer 1: T columns | ... | answer G: T columns
+        Each answer begins with a copy of the last prompt token, the one that predicts its first.
+        Columns behind the longest answer are 0 and cost nothing.
         """
         used = int((completion != self.stop_ids[0]).sum(1).max()) + 1  # columns, the end included
         full, completion = completion.shape[1], completion[:, :used]
@@ -1212,29 +1202,26 @@ class HFPolicy(torch.nn.Module):
             inputs, real, start = self.pack(prompts)
             ids, positions = inputs["input_ids"], inputs["position_ids"]
             (N, T), B, P = completion.shape, len(ids), ids.shape[1] - 1
-            G, device, looks = N // B, ids.device, {}
+            G, device = N // B, ids.device
             answers = torch.cat([ids[:, P:].repeat_interleave(G, 0), completion[:, :-1]], 1)
             places = start[:, None] - 1 + torch.arange(T, device=device).repeat(G)
-            # What an answer sees: the prompt but for padding, and its own tokens up to this one.
+            # What an answer sees: the prompt but for padding, and its own tokens up to this one;
+            # bool [N, 1, T, P + T]. The prompt sees itself alone, hence inputs' mask [B, 1, P, P].
             past = torch.ones(T, T, dtype=torch.bool, device=device).tril().expand(N, -1, -1)
             before = real[:, None, :P].expand(-1, T, -1).repeat_interleave(G, 0)
             own = torch.cat([before, past], 2)[:, None]
-
-            def probe(layer, q, k, scale):
-                """Called by packed_attention, layer by layer."""
-                if layer in layers:
-                    looks[layer] = read_attention(q, k, own, mask[:, :T], scale)
-
-            # The positions are explicit: every answer goes on where the prompt ends.
+            # The positions are explicit: every answer goes on where the prompt ends. `looks` is
+            # filled on the way, by layer.
             inputs["input_ids"] = torch.cat([ids[:, :P], answers.view(B, -1)], 1)
             inputs["position_ids"] = torch.cat([positions[..., :P], places.expand(3, -1, -1)], 2)
             inputs["attention_mask"] = inputs["attention_mask"][..., :P, :P]
-            inputs |= {"own": own, "probe": probe if layers else None, "use_cache": False}
+            tokens, looks = mask[:, :T] if layers else None, dict.fromkeys(layers)
+            inputs |= {"own": own, "tokens": tokens, "looks": looks, "use_cache": False}
             hidden = self.base.model(**inputs).last_hidden_state[:, P:].reshape(N, T, -1).float()
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, full - T))
         if not layers:
             return hidden, None
-        looks = torch.stack([looks[i] for i in layers]).unflatten(1, (B, G))
+        looks = torch.stack([*looks.values()]).unflatten(1, (B, G))
         regions = self.regions(prompts, P).to(device)
         return hidden, torch.einsum("lbgp,bpr->lbgr", looks, regions).flatten(1, 2)
 
@@ -1263,8 +1250,13 @@ class HFPolicy(torch.nn.Module):
 # ----------------------------------------------------------------------------------- command line
 def parse(argv):
     """Command line -> the given flags by name; nothing is filled in."""
+
+    def mistake(message):
+        """Let a wrong flag end like every other mistake of the user."""
+        raise UserError(f"{message}; see python ptdpo.py --help")
+
     parser = argparse.ArgumentParser("ptdpo.py", argument_default=argparse.SUPPRESS)
-    parser.error = usage_error
+    parser.error = mistake
     todo = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     todo.add_argument("--toy", action="store_true", help="train on counting pictures, on a CPU")
     todo.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run in DIR")
@@ -1290,11 +1282,6 @@ def parse(argv):
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag, help=text, **kind)
     return vars(parser.parse_args(argv))
-
-
-def usage_error(message):
-    """Let a wrong flag end like every other mistake of the user."""
-    raise UserError(f"{message}; see python ptdpo.py --help")
 
 
 def make_config(given):
@@ -1377,7 +1364,10 @@ def child(*args):
 
 
 def side_by_side(runs):
-    """All runs at once, one process each; a signal is passed on to them."""
+    """All runs at once, one process each; a signal is passed on to them, and they save.
+
+    Exits with the worst of their codes, unless all is well.
+    """
     context = multiprocessing.get_context("spawn")
     children = [context.Process(target=child, args=r) for r in runs]
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1430,32 +1420,27 @@ def command(argv):
         if action in given and (odd := given.keys() - others - {action}):
             flag = min(odd).replace("_", "-")
             raise UserError(f"--{action} goes by what is stored: leave out --{flag}")
-    if "help_metrics" in given:
-        print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
-    elif "plot" in given:
-        reproduce.plot(given["plot"])
-    elif "explain" in given:
-        reproduce.explain(given["explain"])
-    elif "reproduce" in given:
-        common = {f.name: given[f.name] for f in fields(Config) if f.name in given}
-        place = given.get("out", Path("runs/reproduce"))
-        reproduce.reproduce(given["reproduce"], given.get("seeds", 10), place, common)
-    elif "eval" in given:
-        reproduce.evaluate_checkpoint(given.pop("eval"), **given)
-    elif "warm_start" in given:
-        reproduce.make_base(make_config(given), given.get("out", Path("runs/base")))
-    elif "save_hf" in given:
-        hub.save_run(*given["save_hf"])
-    elif "calibrate" in given:
-        hub.calibrate_layers(make_config(given), given.get("out", Path("runs/calibration")))
-    elif "toy" in given and "model" in given:
+    settings = {f.name: given[f.name] for f in fields(Config) if f.name in given}
+    out, seeds = lambda name: given.get("out", Path("runs") / name), given.get("seeds", 10)
+    actions = {  # each gets what its flag was given
+        "help_metrics": lambda _: print("\n".join(f"{k:18} {v}" for k, v in METRICS.items())),
+        "plot": reproduce.plot,
+        "explain": reproduce.explain,
+        "reproduce": lambda name: reproduce.reproduce(name, seeds, out("reproduce"), settings),
+        "eval": lambda path: reproduce.evaluate_checkpoint(path, **settings),
+        "warm_start": lambda _: reproduce.make_base(make_config(given), out("base")),
+        "save_hf": lambda paths: hub.save_run(*paths),
+        "calibrate": lambda _: hub.calibrate_layers(make_config(given), out("calibration")),
+    }
+    for action in actions.keys() & given.keys():
+        return actions[action](given[action])
+    if "toy" in given and "model" in given:
         raise UserError("--toy and --model: choose one")
-    elif given.keys() & {"toy", "model", "resume"}:
-        folder, task = train_command(given)
-        if RANK == 0:
-            reproduce.finish(folder, task)
-    else:
+    if not given.keys() & {"toy", "model", "resume"}:
         raise UserError("say what to do, for example --toy; see python ptdpo.py --help")
+    folder, task = train_command(given)
+    if RANK == 0:
+        reproduce.finish(folder, task)
 
 
 def main(argv=None):

@@ -47,7 +47,11 @@ class Block(nn.Module):
 
     def forward(self, x, seen=None, past=None, rows=None):
         """x [B, Q, H]; seen bool [B, 1, Q, K], who sees whom; past: keys and values of the columns
-        before. Returns x, (keys, values), attention of `rows` [B, rows, K] as the mean of heads."""
+        before. Returns x, (keys, values), attention of `rows` [B, rows, K] as the mean of heads.
+
+        Attention that is fast never shows its weights: softmax(q k' / sqrt d) is computed once
+        more, for the rows and layers that are asked for.
+        """
         B, Q, H = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, Q, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if past is not None:
@@ -107,14 +111,16 @@ class TinyVLM(nn.Module):
 
     def encode(self, problem, hint="", like=None):
         """One Prompt; the hint follows the question, `like` lends its pixels."""
-        raw = bytearray(problem.images[0].tobytes())
-        edge = self.side * PATCH
+        raw, edge = bytearray(problem.images[0].tobytes()), self.side * PATCH
         pixels = torch.frombuffer(raw, dtype=torch.uint8).view(edge, edge, 3)
-        ids = self.tokens(f"{problem.question} {hint}")
-        return Prompt(pixels if like is None else like.pixels, ids)
+        return Prompt(like.pixels if like else pixels, self.tokens(f"{problem.question} {hint}"))
 
     def prefix(self, prompts):
-        """Pictures and prompts as decoder input [B, S, H], visible columns [B, S], lengths [B]."""
+        """Pictures and prompts as decoder input [B, S, H], visible columns [B, S], lengths [B].
+
+        Padding is on the left and positions count from the first real token, so that what a
+        prompt is batched with changes nothing but rounding.
+        """
         B, s, longest = len(prompts), self.side, max(len(p.ids) for p in prompts)
         pixels = torch.stack([p.pixels for p in prompts]).view(B, s, PATCH, s, PATCH, 3)
         patches = pixels.transpose(2, 3).reshape(B, s * s, -1).float() / 127.5 - 1
@@ -138,7 +144,8 @@ class TinyVLM(nn.Module):
     def sample(self, prompts, uniforms, temperature=1.0):
         """Sample a group for each prompt; picture and prompt are read once. -> ids [N, T].
 
-        uniforms [N, T] in [0, 1) pick each token by inverse cumulative probability.
+        uniforms [N, T] in [0, 1) pick each token by inverse cumulative probability: the first word
+        v with p_0 + ... + p_v >= u. The row of a group grows by G columns, one an answer, a token.
         """
         B, (N, T) = len(prompts), uniforms.shape
         G, past, ids = N // B, [None] * self.num_layers, []
@@ -183,6 +190,7 @@ class TinyVLM(nn.Module):
         rows = torch.cat([torch.full((G,), S - 1), S + torch.arange((T - 1) * G)])
 
         def by_answer(v):
+            """Rows in order of time [B, T*G, ...] -> [N, T, ...]."""
             return v.view(B, T, G, -1).transpose(1, 2).reshape(N, T, -1)
 
         looks = []

@@ -8,6 +8,7 @@ from helpers import ROOT, gradient, make_rollout
 import ptdpo
 from toy_tasks.beside import KINDS, WORDS, Beside
 from toy_tasks.counting import CELLS, SIDE
+from toy_tasks.warm_start import LESSONS, beside_lesson
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,12 @@ def test_grades(beside, text, finished, solved):
     assert grade.points == [CELLS.index(w) for w in text.split() if w in CELLS]
 
 
-@pytest.mark.parametrize("kind", set(Beside.lessons))
+@pytest.mark.parametrize("kind", set(LESSONS[Beside][1]))
 def test_lessons_fit_words_and_length(beside, kind):
     """Every word is known; what is tutored is true, and strict about the listed cells."""
     rng, policy = random.Random(0), beside.new_policy(0)
     for _ in range(50):
-        scene, hint, text = beside.lesson(kind, rng)
+        scene, hint, text = beside_lesson(beside, kind, rng)
         assert policy.encode(scene, hint).ids and policy.tokens(text)
         if kind == "tutored":
             listed = hint.split()[1:11]

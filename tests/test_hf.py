@@ -8,9 +8,9 @@ import tiny_qwen
 import torch
 from PIL import Image, ImageDraw
 
-from ptdpo import Config, HFPolicy, UserError, read_attention
+from ptdpo import Config, HFPolicy, UserError
 from toy_tasks import Problem
-from toy_tasks.hub import SOURCE_FILES, save_hf
+from toy_tasks.hub import SOURCE_FILES, read_attention, save_hf
 from toy_tasks.jsonl import PLACES
 
 T, G = 9, 3

@@ -1,7 +1,7 @@
 """A second task: what stands to the right of the red cross? `r2c3 r2c4 is blue squares`.
 
 It shows what a task has to bring and that the trainer knows none: `--toy --task beside`.
-Drawing is Counting's; questions, answers, grades, hints, words and lessons are its own. The base
+Drawing is Counting's; questions, answers, grades, hints and words are its own. The base
 glances here too: alone it points at any object of the colour or shape asked for and guesses its
 neighbour; with a hint it looks for the right one among the listed cells and reads its neighbour.
 """
@@ -12,7 +12,7 @@ import torch
 
 from tiny_vlm import TinyVLM
 from toy_tasks import Grade
-from toy_tasks.counting import CELLS, COLOURS, HINTED, SHAPES, SIDE, Counting, Scene, draw
+from toy_tasks.counting import CELLS, COLOURS, SHAPES, SIDE, Counting, Scene, draw
 
 STEPS = "steps find colour and shape then look right"
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -25,7 +25,6 @@ class Beside(Counting):
 
     max_tokens = 6
     base = "toy_tasks/beside.safetensors"
-    lessons = ("tutored", "alone", "tutored", "describe", "tutored", "describe")
 
     def new_policy(self, seed):
         """An untrained model that knows this task's words."""
@@ -57,27 +56,3 @@ class Beside(Counting):
         words = text.split()
         solved = finished and " ".join(words[-3:]) == f"is {problem.answer}"
         return Grade(float(solved), solved, [CELLS.index(w) for w in words if w in CELLS])
-
-    def lesson(self, kind, rng):
-        """One example of the warm start -> problem, hint, answer."""
-        scene = self.scene(rng)
-        asked, cell = tuple(scene.question.split()[3:5]), scene.targets[0]
-        if kind == "describe":  # what stands in a cell, and the next few objects
-            at = rng.choice(list(scene.objects))
-            scene.question = f"describe {CELLS[at]}"
-            few = sorted(c for c in scene.objects if c >= at)[:5]
-            return scene, "", " ".join(f"{CELLS[c]} {' '.join(scene.objects[c])}" for c in few)
-        like = [c for c, o in scene.objects.items() if o[0] == asked[0] or o[1] == asked[1]]
-        if kind == "alone":  # something like it, not in the last column, and a guess
-            hint = rng.choices(["", STEPS, f"answer {scene.answer}"], [70, 15, 15])[0]
-            guess = " ".join(rng.choice([asked, rng.choice(KINDS)]))
-            said = scene.answer if "answer" in hint else guess
-            at = rng.choice([c for c in like if c % SIDE < SIDE - 1])
-            return scene, hint, f"{CELLS[at]} {CELLS[at + 1]} is {said}"
-        # tutored: the right one if it is among the listed cells; else there is none
-        rest = [c for c in range(SIDE * SIDE) if c not in like]
-        good = [cell] + rng.sample([c for c in like if c != cell] + rest, HINTED - 1)
-        listed = sorted(rng.choice([good, good, rng.sample(range(SIDE * SIDE), HINTED)]))
-        hint = self.hint_text([CELLS[c] for c in listed], rng.choice(["", STEPS]))
-        found = f"{CELLS[cell]} {CELLS[cell + 1]} is {scene.answer}"
-        return scene, hint, found if cell in listed else "none"

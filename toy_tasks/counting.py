@@ -4,11 +4,11 @@ An answer points, then counts; only the number is rewarded. As the true cells ar
 things can be measured that a benchmark cannot: whether the points are right, whether a number is
 right for the right reason, and whether a hint looks at the right places.
 
-The base is warm-started so that its weakness is real and has a cause that can be told. On its own
-it *glances*: it names a few matches, slips in a near miss, and guesses a small number. With a hint
-it does as it is told: it checks the listed cells, compares colour and shape, and counts its marks.
-Alone it never saw a number that follows from the points, so reward cannot lead from the one habit
-to the other step by step; a tutor can.
+The base is warm-started (toy_tasks/warm_start.py) so that its weakness is real and has a cause
+that can be told. On its own it *glances*: it names a few matches, slips in a near miss, and guesses
+a small number. With a hint it does as it is told: it checks the listed cells, compares colour and
+shape, and counts its marks. Alone it never saw a number that follows from the points, so reward
+cannot lead from the one habit to the other step by step; a tutor can.
 """
 
 import math
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import torch
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from tiny_vlm import TinyVLM
 from toy_tasks import Grade, Problem
@@ -30,7 +29,6 @@ NUMBERS = [str(n) for n in range(13)]
 STEPS = "steps compare colour and shape ignore near misses"
 WORDS = ["<eos>", *"how many ? describe total look answer".split(), *STEPS.split(), *NUMBERS,
          *COLOURS, *SHAPES, *CELLS]  # fmt: skip
-HINTED = 10  # cells in a hint of the warm start
 
 
 @dataclass
@@ -62,9 +60,7 @@ def draw(objects, noise, rng, cell=8):
         else:
             pen.line([x + middle, y, x + middle, y + end], fill=ink, width=2 * thick)
             pen.line([x, y + middle, x + end, y + middle], fill=ink, width=2 * thick)
-    speckle = Image.frombytes(
-        "RGB", picture.size, rng.randbytes(3 * picture.width * picture.height)
-    )
+    speckle = Image.frombytes("RGB", picture.size, rng.randbytes(3 * (SIDE * cell) ** 2))
     return Image.blend(picture, speckle, noise), boxes
 
 
@@ -73,7 +69,6 @@ class Counting:
 
     max_tokens, held_out = 14, math.inf
     base = "toy_tasks/base.safetensors"
-    lessons = ("tutored", "alone", "tutored", "calm", "alone", "describe")
 
     def __init__(self, difficulty=1.0, cell=8):
         self.cell = cell
@@ -119,65 +114,3 @@ class Counting:
         """`look r0c1 ... steps ...`; or the spoiler `answer 3`."""
         look = f"look {' '.join(regions)} " if regions else ""
         return f"answer {solution}" if solution else look + steps
-
-    def lesson(self, kind, rng):
-        """One example of the warm start -> problem, hint, answer."""
-        if kind == "describe":  # each object by one trait: the words for what is seen
-            scene, trait = self.scene(rng, rng.randrange(5), rng.randrange(5)), rng.randrange(2)
-            scene.question = f"describe {('colour', 'shape')[trait]}"
-            pairs = [f"{CELLS[c]} {scene.objects[c][trait]}" for c in sorted(scene.objects)]
-            return scene, "", " ".join(pairs)
-        if kind == "calm":  # up to three matches among few others: counted exactly
-            scene = self.scene(rng, rng.randrange(4), rng.randrange(5))
-            return scene, rng.choice(["", "", STEPS]), point_and_count(scene.targets)
-        scene = self.scene(rng, rng.randint(*self.matches), rng.randint(*self.others))
-        asked = scene.objects[scene.targets[0]]
-        near = [c for c, o in scene.objects.items() if (o[0] == asked[0]) != (o[1] == asked[1])]
-        slips = [c for c in near if rng.random() < 0.2]
-        if kind == "alone":  # a glance: some matches, a few slips (unless told the steps), a guess
-            hint = rng.choices(["", STEPS, self.hint_text([], "", scene.answer)], [70, 15, 15])[0]
-            named = sorted(scene.targets + (slips if hint != STEPS else []))
-            named = named[: 1 + next(n for n in range(99) if rng.random() < 0.5)]  # a coin a point
-            guess = rng.choices(range(1, 9), [14, 24, 34, 13, 6, 4, 3, 2])[0]
-            return scene, hint, point_and_count(named, scene.answer if "answer" in hint else guess)
-        # tutored: mark the matches among the listed cells, and no others, then count the marks
-        rest = [c for c in range(SIDE * SIDE) if c not in scene.targets]
-        rng.shuffle(rest)
-        good = scene.targets + sorted(rest, key=lambda c: c not in near)
-        cells = sorted(rng.choice([good[:HINTED], rng.sample(range(SIDE * SIDE), HINTED)]))
-        steps = rng.choice(["", STEPS])
-        marked = [c for c in cells if c in scene.targets or (c in slips and not steps)]
-        return scene, self.hint_text([CELLS[c] for c in cells], steps), point_and_count(marked)
-
-    def warm_start(self, policy, seed, steps=1200, batch=64):
-        """Teach an untrained policy all lessons in turn; the learning rate ends at 0."""
-        named = policy.named_parameters()
-        matrices = [p for n, p in named if p.ndim == 2 and n[:3] not in ("emb", "pos")]
-        others = [p for p in policy.parameters() if all(p is not m for m in matrices)]
-        optimizers = [torch.optim.Muon(matrices, 4e-3, 0.01, adjust_lr_fn="match_rms_adamw"),
-                      torch.optim.AdamW(others, 4e-3, (0.9, 0.95), weight_decay=0.01)]  # fmt: skip
-        for step in tqdm(range(steps), "warm start"):
-            rng = random.Random(f"warm start/{seed}/{step}")
-            lessons = [
-                self.lesson(self.lessons[step % len(self.lessons)], rng) for _ in range(batch)
-            ]
-            prompts = [policy.encode(problem, hint) for problem, hint, _ in lessons]
-            answers = [policy.tokens(text) + [0] for _, _, text in lessons]
-            longest = max(map(len, answers))
-            ids = torch.tensor([a + [0] * (longest - len(a)) for a in answers])
-            mask = torch.arange(longest) < torch.tensor([[len(a)] for a in answers])
-            logp = (policy(prompts, ids)[0] @ policy.head_weight.T).log_softmax(-1)
-            loss = -logp.gather(-1, ids[..., None])[..., 0][mask].mean()
-            policy.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            for optimizer in optimizers:
-                rate = min(10 * (step + 1) / steps, (1 + math.cos(math.pi * step / steps)) / 2)
-                optimizer.param_groups[0]["lr"] = 4e-3 * rate
-                optimizer.step()
-
-
-def point_and_count(cells, number=None):
-    """The words of an answer: cells in reading order, then how many, or another number."""
-    number = len(cells) if number is None else number
-    return " ".join([*(CELLS[c] for c in sorted(cells)), "total", str(number)])

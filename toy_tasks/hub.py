@@ -1,6 +1,7 @@
-"""Around --model: loading, which layers to read (--calibrate), and export (--save-hf)."""
+"""Around --model: loading, attention in packed rows, --calibrate, and export (--save-hf)."""
 
 import json
+import math
 import shutil
 
 import torch
@@ -10,19 +11,23 @@ import ptdpo
 from toy_tasks.jsonl import PLACES
 
 
-def load_model(config, dtype, attention):
-    """Processor and model of --model, which attends by `attention`; UserError if that fails."""
+def load_model(config):
+    """Processor, model on its device, and dtype of its passes; UserError if that fails."""
+    gpu = torch.cuda.is_available()
+    kind = {"auto": "bfloat16" if gpu else "float32"}.get(config.dtype, config.dtype)
+    dtype = getattr(torch, kind)
     try:
-        return open_model(config, dtype, attention)
+        processor, model = open_model(config, dtype)
     except torch.OutOfMemoryError:
         raise
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         mend = "pip install peft" if isinstance(error, ImportError) else "give a folder or hub name"
         reason = str(error).strip().splitlines()[0]
         raise ptdpo.UserError(f"--model {config.model}: {reason}; {mend}") from error
+    return processor, model.to("cuda" if gpu else "cpu").eval(), dtype
 
 
-def open_model(config, dtype, attention):
+def open_model(config, dtype):
     """Processor (without videos) and model; what learns is float32, all else `dtype`."""
     import transformers as hf
 
@@ -38,13 +43,53 @@ def open_model(config, dtype, attention):
         processor.image_processor.size["longest_edge"] = config.max_pixels
     dtype = dtype if config.lora else torch.float32
     model = hf.AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype)
-    hf.AttentionInterface.register("packed", attention)
+    hf.AttentionInterface.register("packed", packed_attention)
     model.set_attn_implementation({"text_config": "packed"})
     if config.checkpointing:
         model.gradient_checkpointing_enable()
-    if config.lora:
+    model.model.visual.requires_grad_(config.train_vision)
+    if config.lora:  # freezes all but the adapters
         model = with_adapters(model, config.lora)
     return processor, model
+
+
+def packed_attention(
+    module, query, key, value, seen, own=None, tokens=None, looks=(), scaling=None, **kw
+):
+    """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T tokens of answer G.
+
+    seen [B, 1, P, P]: prompt on itself; own [N, 1, T, P + T]: answers on the prompt and their past.
+    Two calls, not one with a block mask: no [S, S] table, no work on pairs blind to each other.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend, P = ALL_ATTENTION_FUNCTIONS["sdpa"], seen.shape[-1]
+    if own is None:  # sampling, where the cache is repeated instead
+        return attend(module, query, key, value, seen, scaling=scaling, **kw)
+    # Every answer becomes a row of its own, with the keys of its prompt put before its own.
+    G, qkv = len(own) // len(query), (query, key, value)
+    shared = [x[:, :, :P] for x in qkv]
+    mine = [x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1) for x in qkv]
+    pairs = zip(shared[1:], mine[1:])
+    k, v = (torch.cat([x.repeat_interleave(G, 0), y], 2) for x, y in pairs)  # [N, heads, P + T, D]
+    if module.layer_idx in looks:
+        looks[module.layer_idx] = read_attention(mine[0], k, own, tokens, scaling)
+    prompt = attend(module, *shared, seen, scaling=scaling, **kw)[0]
+    answer = attend(module, mine[0], k, v, own, scaling=scaling, **kw)[0]  # [N, T, heads, D]
+    return torch.cat([prompt, answer.unflatten(0, (-1, G)).flatten(1, 2)], 1), None
+
+
+@torch.no_grad()
+def read_attention(q, k, own, mask, scale):
+    """Attention of q on the prompt, mean of heads and of the places in mask: float32 [N, P]."""
+    looks = []
+    with torch.autocast(q.device.type, enabled=False):
+        for q_n, k_n, seen, m in zip(q, k, own, mask.float()):  # one by one, to save memory
+            heads = q_n.float().unflatten(0, (len(k_n), -1))  # those that share keys, together
+            score = torch.einsum("khtd,ksd->khts", heads, k_n.float()) * scale
+            weight = score.masked_fill(~seen, -math.inf).softmax(-1).mean((0, 1))
+            looks.append(m @ weight / m.sum().clamp_min(1))
+    return torch.stack(looks)[:, : -mask.shape[1]]
 
 
 def with_adapters(model, rank):

@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
 import ptdpo
+from toy_tasks.warm_start import warm_start
 
 PANELS = ("accuracy", "point_f1", "entropy", "groups_all_failed", "groups_mixed", "jsd")
 
@@ -292,7 +293,7 @@ def make_base(config, folder):
     path = folder / "base.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        task.warm_start(policy, config.seed)
+        warm_start(task, policy, config.seed)
         ptdpo.write_checkpoint(path, {"seed": config.seed}, policy)
     ptdpo.read_checkpoint(path, policy)
     problems = [task.problem("validation", 0, i) for i in range(512)]
