@@ -85,7 +85,7 @@ class Config:
     algorithm: str = knob("grpo", "form of the policy loss", "grpo", "dapo", "gspo")
     lr: float = knob(3e-4, "learning rate of AdamW, constant", least=0)
     weight_decay: float = knob(0.01, "weight decay of AdamW", least=0)
-    clip_norm: float = knob(1.0, "gradients are scaled down to this norm", least=0)
+    clip_norm: float = knob(1.0, "gradients are scaled down to this norm", least=1e-6)
     max_skipped: int = knob(3, "stop after so many steps in a row that skipped an update", least=1)
     updates_per_batch: int = knob(1, "updates a batch is split into; at 1 rho is 1", least=1)
     micro_batch: int = knob(0, "groups a pass, 0 = all; saves memory, changes nothing", least=0)
@@ -185,7 +185,7 @@ class Policy(Protocol):
         """One prompt: pictures, question and, for the teacher, a hint; `like` lends its pixels."""
 
     def sample(self, prompts: list, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
-        """G answers to each prompt, ids [N, T], picked by uniforms [N, T] ; 0: greedy."""
+        """G answers to each prompt, ids [N, T], picked by uniforms [N, T]; at 0 greedy."""
 
     def forward(self, prompts: list, completion: torch.Tensor, mask=None, layers=()):
         """Teacher-forced pass -> hidden [N, T, H], whose place t predicts token t, and what those
@@ -283,7 +283,7 @@ def answer(policy, task, problems, group, temperature, key, hints=None):
 
 # -------------------------------------------------------------------------------------- advantage
 def group_advantages(rewards, group_size):
-    """Reward relative to the group: A_i = (r_i - mean) / (std + 1e-6), sample std (paper, eq. 1).
+    """Reward relative to the group: A_i = (r_i - mean) / (std + 1e-6), sample std (paper, GRPO).
 
     rewards [N] -> [N]. A flat group, all failed or all solved, gets exactly 0, which rounding
     would not give: GRPO learns nothing from it. Where all failed, tutoring is the only signal.
@@ -352,7 +352,7 @@ def build_hints(policy, task, rollout, config, key):
     """One hint a group: where to look (the M regions of highest score) and which steps to take.
 
     Zero-spoiler rule: M is fixed and the regions' names are a closed vocabulary, so that the list
-    cannot give a count away; the steps are the task's text and pass a filter. Only `answer`, the
+    cannot state a count; the steps are the task's text and pass a filter. Only `answer`, the
     answer-conditioned baseline, is exempt.
     """
     G, hints = config.group, []
@@ -372,7 +372,8 @@ def build_hints(policy, task, rollout, config, key):
         steps = problem.steps if config.hint_parts != "where" and not rejected else ""
         others = {"none": "", "answer": task.hint_text([], "", problem.answer)}
         text = others.get(config.hint, task.hint_text(where, steps))
-        hints.append(Hint(regions, text, rejected))
+        shown = regions if where and config.hint not in others else []
+        hints.append(Hint(shown, text, rejected))
     return hints
 
 
@@ -405,7 +406,7 @@ CLIP = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # low, h
 
 
 def policy_loss(logp, logp_old, adv, mask, algorithm="grpo"):
-    """Clipped loss of each token: -min(rho A, clip(rho, 1 - low, 1 + high) A) (paper, eq. 1).
+    """Clipped loss of each token: -min(rho A, clip(rho, 1 - low, 1 + high) A) (paper, GRPO).
 
     rho = pi_theta / pi_old; logp, logp_old [N, T], adv [N], mask bool [N, T] -> [N, T]. dapo clips
     higher (2503.14476), *without* dynamic sampling, which drops the very groups that need a tutor.
@@ -466,7 +467,7 @@ DIVERGENCES = dict(jsd=js_buckets, forward_kl=forward_kl_buckets, reverse_kl=rev
 def topk_jsd(student_logits, teacher_logits, k, divergence="jsd"):
     """JSD of two next-word distributions: the Top-K of both one by one, the rest in one bucket.
 
-    JSD(p || q) = KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (paper, section 3.3). Logits
+    JSD(p || q) = KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (paper, Top-K JSD). Logits
     [..., V] -> [...] in nats, 0 to ln 2, never above the exact JSD, exact at k >= V. The teacher's
     Top-K belongs to the support: a word that the hint makes likely may be one that the student
     ranks low. The gradient goes to the student alone. This is the definition, for reading and for
@@ -627,7 +628,7 @@ def weigh_tokens(rollout, config, distill_weight):
 
 
 def total_loss(policy, ref, part, config):
-    """policy loss + beta * KL + lambda * L_PTD over the groups of `part` (paper, eq. 8).
+    """policy loss + beta * KL + lambda * L_PTD over the groups of `part` (paper, objective).
 
     Returns the loss, a sum of weight * value, and values of each token [N, T] by name.
     """
@@ -702,8 +703,8 @@ def step_metrics(rollout, tokens, grad_norm):
     groups_mixed: share of groups with solved and failed answers: where GRPO learns
     groups_all_solved: share of groups with solved answers only: nothing is left to learn
     distilled: share of answer tokens that are distilled; if small, each carries much of lambda
-    jsd: mean Top-K JSD of the distilled tokens in nats, 0 to 0.69; null if none is distilled
-    kl: mean KL to the reference over answer tokens, in nats; grows slowly
+    jsd: mean Top-K JSD (or --divergence) of the distilled tokens in nats; null if none is
+    kl: mean estimate of the KL to the reference over answer tokens, in nats; grows slowly
     entropy: mean exact entropy of the policy over answer tokens, in nats
     entropy_failed: entropy over failed answers alone; null if there are none
     entropy_solved: entropy over solved answers alone; null if there are none
@@ -711,7 +712,7 @@ def step_metrics(rollout, tokens, grad_norm):
     grad_norm: norm of the gradient before clipping, mean over the updates of the step
     skipped: 0, or the quantity that was not finite, so that an update was left out
     completion_length: mean tokens of an answer, its end included
-    hint_recall: share of the true targets among the hinted regions; random regions: M/R
+    hint_recall: share of the true targets among the M hinted of R regions; at random: M/R
     hints_rejected: share of hints whose steps failed the spoiler filter; should be 0
     accuracy: held-out pictures, greedy: share solved; null between evaluations
     point_f1: held-out pictures, greedy: F1 of the named regions against the targets
@@ -721,7 +722,8 @@ def step_metrics(rollout, tokens, grad_norm):
     mask, solved, share = rollout.mask, rollout.solved[:, None], rollout.solved_share
     hints = rollout.hints or []
     distilled = mask & rollout.distill[:, None] if hints else mask & False
-    found = [recall(h.regions, p.targets) for h, p in zip(hints, rollout.problems)]
+    pairs = [(h.regions, p.targets) for h, p in zip(hints, rollout.problems)]
+    found = [recall(*pair) if pair[0] else None for pair in pairs]
     return {
         "reward": rollout.reward.mean().item(),
         "solved": share.mean().item(),
@@ -878,9 +880,8 @@ def start_run(folder, policy, optimizer, task, config, held_out):
     state |= {"layers": best[: config.hint_layers], "layer_recall": by_layer}
     state |= {"base": evaluate(policy, task, held_out), "sizes": dict.fromkeys(LOGS, 0)}
     state |= {"reference": checksum(dict(policy.named_parameters()))}
-    (folder / "run.json").unlink(missing_ok=True)
-    for name in LOGS:
-        (folder / name).write_bytes(b"")
+    by_rank_0(Path.unlink)(folder / "run.json", True)
+    cut_logs(folder, state["sizes"])
     write_checkpoint(folder / "checkpoint.safetensors", state, policy, optimizer)
     write_whole(folder / "run.json", json.dumps(state, indent=1).encode())
     return state
@@ -898,9 +899,16 @@ def load_run(folder, policy, optimizer, task, config, _held_out):
         raise UserError(f"{base}: not the base that {folder} began with; put that one back")
     if any((folder / name).stat().st_size < state["sizes"][name] for name in LOGS):
         raise UserError(f"{folder}: logs shorter than at the checkpoint; use another copy")
-    for name in LOGS:
-        os.truncate(folder / name, state["sizes"][name])
+    cut_logs(folder, state["sizes"])
     return state | {"config": asdict(config)}  # --steps may have changed
+
+
+@by_rank_0
+def cut_logs(folder, sizes):
+    """Make the logs as long as they were at a checkpoint; new ones are begun."""
+    for name in LOGS:
+        (folder / name).touch()
+        os.truncate(folder / name, sizes[name])
 
 
 @by_rank_0
@@ -1273,7 +1281,8 @@ def parse(argv):
     parser.add_argument("--seeds", type=int, help="seeds of --reproduce, from 200 on (default 10)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     for f in fields(Config):
-        flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default {f.default}"
+        flag, shown = f"--{f.name.replace('_', '-')}", "none" if f.default == "" else f.default
+        text = f"{f.metadata['help']} (default {shown}"
         text += f", --model: {MODEL_DEFAULTS[f.name]})" if f.name in MODEL_DEFAULTS else ")"
         kind = {"type": f.type, "choices": f.metadata["choices"] or None}
         if f.name == "method":
@@ -1295,6 +1304,13 @@ def make_config(given):
         if value not in choices or (least is not None and not least <= value < 2**31):
             known = " or ".join(map(str, choices)) if value not in choices else f"at least {least}"
             raise UserError(f"--{f.name.replace('_', '-')} {value}: give {known}")
+    names = list(vars(config))
+    unread = ["task", "base"] if config.model else names[names.index("model") + 1 :]
+    unread += ["train_vision"] if config.lora else []  # adapters sit in the decoder alone
+    for name in unread:  # it would be stored with the run, and be a lie
+        if getattr(config, name) != getattr(Config, name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} has no effect here (see --model, --lora); leave it out")
     return config
 
 
@@ -1406,9 +1422,9 @@ def train_command(given):
     return runs[0][1].parent, task
 
 
-# What may be given beside an action that goes by what is stored.
+# What may be given beside an action that goes by what is stored, or by nothing.
 HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems", "task"}, "plot": set(),
-          "save_hf": set()}  # fmt: skip
+          "save_hf": set(), "explain": set(), "help_metrics": set()}  # fmt: skip
 
 
 def command(argv):
@@ -1419,7 +1435,8 @@ def command(argv):
     for action, others in HEEDED.items():
         if action in given and (odd := given.keys() - others - {action}):
             flag = min(odd).replace("_", "-")
-            raise UserError(f"--{action} goes by what is stored: leave out --{flag}")
+            name = action.replace("_", "-")
+            raise UserError(f"--{name} goes by what is stored: leave out --{flag}")
     settings = {f.name: given[f.name] for f in fields(Config) if f.name in given}
     out, seeds = lambda name: given.get("out", Path("runs") / name), given.get("seeds", 10)
     actions = {  # each gets what its flag was given

@@ -87,6 +87,11 @@ def wrong_flags():
             yield None, [*NEW, f"--{flag}={value}"], f"--{flag}"
 
 
+def twice(folder):
+    """A second run beside the first."""
+    shutil.copytree(folder / "good/ptdpo", folder / "good/grpo")
+
+
 GO_ON, LOOK = ["--resume", "good"], ["--eval", CHECKPOINT]
 CASES = [  # what is broken beforehand, the command, and a word of the line that it must print
     *wrong_flags(),
@@ -179,7 +184,13 @@ CASES = [  # what is broken beforehand, the command, and a word of the line that
     # --eval
     (None, ["--eval", "nowhere"], "nowhere"),
     (None, ["--eval", "empty"], "empty"),
-    (None, ["--eval", "good"], "good"),
+    (twice, ["--eval", "good"], "name one"),
+    (None, ["--explain", "good", "--hint", "random"], "--hint"),
+    (None, ["--help-metrics", "--lr", "1"], "--lr"),
+    (None, ["--reproduce", "main", "--hint", "random"], "--hint"),
+    (None, ["--toy", "--lora", "4", "--out", "new"], "--lora"),
+    (None, ["--toy", "--reward", "a:b", "--out", "new"], "--reward"),
+    (None, ["--toy", "--clip-norm", "0", "--out", "new"], "--clip-norm"),
     (None, ["--eval", "good/ptdpo/run.json"], "run.json"),
     (cut(5000), LOOK, "checkpoint.safetensors"),
     (flip(lambda data, n: 8 + n + 5), LOOK, "checksum"),

@@ -313,13 +313,14 @@ def test_a_hint_cannot_give_the_count_away(task, policy, source):
 
 
 def test_parts_of_a_hint(task, policy):
-    """where: cells alone; steps: text alone; both. Regions are measured in any case."""
+    """where: cells alone; steps: text alone; both. Regions are those that the text names."""
     problems = scenes(task, 3)
     cells = "look " + " ".join(CELLS[15:])
     for parts, text in (("where", cells), ("steps", STEPS), ("both", f"{cells} {STEPS}")):
         hints = hinted(task, policy, problems, hint_parts=parts)
         assert [h.text.strip() for h in hints] == [text] * 3
-        assert all(h.regions == list(range(15, 25)) for h in hints)
+        named = [] if parts == "steps" else list(range(15, 25))
+        assert all(h.regions == named for h in hints)
 
 
 @pytest.mark.parametrize("parts", ["where", "steps", "both"])
@@ -441,7 +442,9 @@ def test_trainer_knows_nothing_of_the_task(source):
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3)
     tokens, norm = ptdpo.update(policy, ref, optimizer, rollout, c, 1.0)
     row = ptdpo.step_metrics(rollout, tokens, norm)
-    assert row["jsd"] > 0 and row["grad_norm"] > 0 and 0 <= row["hint_recall"] <= 1
+    assert row["jsd"] > 0 and row["grad_norm"] > 0
+    found = row["hint_recall"]  # nothing to find where no region is named
+    assert found is None if source in ("answer", "none") else 0 <= found <= 1
     assert source != "oracle" or row["hint_recall"] == 1
     held_out = [task.problem("test", 0, i) for i in range(8)]
     scores = ptdpo.evaluate(policy, task, held_out)

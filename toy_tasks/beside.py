@@ -42,7 +42,7 @@ class Beside(Counting):
         near = [k for k in others if (k[0] == asked[0]) != (k[1] == asked[1])]
         cell = rng.randrange(SIDE) * SIDE + rng.randrange(SIDE - 1)
         rest = [c for c in range(SIDE * SIDE) if c not in (cell, cell + 1)]
-        cells = rng.sample(rest, rng.randint(*self.others) - 2)
+        cells = rng.sample(rest, max(0, rng.randint(*self.others) - 2))
         objects = {
             c: rng.choice(near if rng.random() < 0.5 else others) for c in [cell + 1, *cells]
         }

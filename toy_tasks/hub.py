@@ -131,11 +131,13 @@ def calibrate_layers(config, folder):
 def save_run(run, folder):
     """--save-hf: the model of a run as a folder that transformers loads."""
     if len(runs := ptdpo.runs_in(run)) > 1:
-        raise ptdpo.UserError(f"{run} holds {len(runs)} runs: name one, such as {runs[-1]}")
+        raise ptdpo.UserError(f"{run} holds {len(runs)} runs; name one, such as {runs[-1]}")
     path = runs[0] / "checkpoint.safetensors"
     config = ptdpo.make_config(ptdpo.open_checkpoint(path)[0]["config"])
     if not config.model:
         raise ptdpo.UserError(f"{run}: a run of the toy; only runs with --model can be exported")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ptdpo.UserError(f"{folder}: not an empty folder; give another")
     policy = ptdpo.HFPolicy(config)
     ptdpo.read_checkpoint(path, policy)
     save_hf(policy, folder)

@@ -314,7 +314,7 @@ def make_base(config, folder):
 def evaluate_checkpoint(path, **given):
     """Held-out scores of a checkpoint beside its base's, alone and tutored; and by true answer."""
     if path.is_dir() and len(runs := ptdpo.runs_in(path)) > 1:
-        raise ptdpo.UserError(f"{path} holds {len(runs)} runs: name one, such as {runs[0]}")
+        raise ptdpo.UserError(f"{path} holds {len(runs)} runs; name one, such as {runs[0]}")
     path = ptdpo.runs_in(path)[0] / "checkpoint.safetensors" if path.is_dir() else path
     state, _ = ptdpo.open_checkpoint(path)
     run = state.get("config", {})
@@ -687,7 +687,7 @@ def reproduce(name, seeds, out, common):
         raise ptdpo.UserError(f"--reproduce {name}: all or one of {', '.join(known)}; --seeds >= 1")
     if odd := common.keys() - SHARED:
         flag = min(odd).replace("_", "-")
-        raise ptdpo.UserError(f"--reproduce sets --{flag} by arm: leave it out, or edit ARMS")
+        raise ptdpo.UserError(f"--reproduce sets --{flag} by arm: leave out --{flag}, or edit ARMS")
     names = known if name == "all" else [name]
     for name in names:
         began = time.time()
