@@ -730,27 +730,31 @@ def claims_markdown(folders):
     return "\n".join(lines)
 
 
-RESULTS = {  # rows of README's first table: experiment, measure
-    "accuracy after 60 steps": ("main", "accuracy"),
-    "area under its curve": ("main", "area"),
-    "point F1": ("main", "point_f1"),
-    "right for the right reason": ("main", "right_reason"),
-    "steps to GRPO's last accuracy (never: 60)": ("main", "to_grpo"),
-    "entropy at the end, nats": ("main", "entropy"),
-    "all-failed groups in the last step": ("main", "groups_all_failed"),
-    "accuracy after 180 steps": ("long", "accuracy"),
-    "area, 180 steps": ("long", "area"),
-    "steps to GRPO's last accuracy (never: 180)": ("long", "to_grpo"),
-    "entropy at the end, 180 steps": ("long", "entropy"),
+SHORT, LONG = ("main", "grpo", "ptdpo"), ("long", "grpo_long", "ptdpo_long")
+FAST = ("long", "grpo_long_3e-4", "ptdpo_long")
+RESULTS = {  # rows of README's first table: experiment, two arms, measure
+    "accuracy after 60 steps": (*SHORT, "accuracy"),
+    "area under its curve": (*SHORT, "area"),
+    "point F1": (*SHORT, "point_f1"),
+    "right for the right reason": (*SHORT, "right_reason"),
+    "steps to GRPO's last accuracy (never: 60)": (*SHORT, "to_grpo"),
+    "entropy at the end, nats": (*SHORT, "entropy"),
+    "all-failed groups in the last step": (*SHORT, "groups_all_failed"),
+    "accuracy after 180 steps, GRPO at 1e-4": (*LONG, "accuracy"),
+    "accuracy after 180 steps, GRPO at 3e-4": (*FAST, "accuracy"),
+    "area, 180 steps, GRPO at 1e-4": (*LONG, "area"),
+    "area, 180 steps, GRPO at 3e-4": (*FAST, "area"),
+    "steps to GRPO's last accuracy, GRPO at 1e-4 (never: 180)": (*LONG, "to_grpo"),
+    "entropy after 180 steps, GRPO at 1e-4": (*LONG, "entropy"),
 }
 
 
 def results_markdown(folder):
     """README's first table: GRPO, PTD-PO and their paired difference, from committed summaries."""
     lines = ["| | GRPO | PTD-PO | paired difference |", "|---|---|---|---|"]
-    for label, (name, measure) in RESULTS.items():
-        arms = json.loads((folder / name / "summary.json").read_text())["arms"].values()
-        grpo, ptdpo = ([seed[measure] for seed in arm["by_seed"]] for arm in [*arms][:2])
+    for label, (name, *two, measure) in RESULTS.items():
+        arms = json.loads((folder / name / "summary.json").read_text())["arms"]
+        grpo, ptdpo = ([seed[measure] for seed in arms[arm]["by_seed"]] for arm in two)
         mean, half = interval([b - a for a, b in zip(grpo, ptdpo)])
         digits = 0 if measure == "to_grpo" else 3
         cells = [f"{sum(v) / len(v):.{digits}f}" for v in (grpo, ptdpo)]
