@@ -7,8 +7,8 @@ right for the right reason, and whether a hint looks at the right places.
 The base is warm-started (toy_tasks/warm_start.py) so that its weakness is real and has a cause
 that can be told. On its own it *glances*: it names a few matches, slips in a near miss, and guesses
 a small number. With a hint it does as it is told: it checks the listed cells, compares colour and
-shape, and counts its marks. Alone it never saw a number that follows from the points, so reward
-cannot lead from the one habit to the other step by step; a tutor can.
+shape, and counts its marks. Alone it saw a number that follows from the points on calm pictures
+only, never on crowded ones: reward leads from the one habit to the other slowly, a tutor quickly.
 """
 
 import math
