@@ -114,3 +114,17 @@ def test_results_table():
     """Means and paired intervals of the first table, from the summaries."""
     written = re.search(r"<!-- results -->\n(.*?)\n<!-- end -->", README, re.S).group(1)
     assert written == reproduce.results_markdown(ROOT / "assets/results")
+
+
+def test_links_and_placeholders():
+    """Every file that a link or picture names exists; nothing is left to be filled in."""
+    linked = re.findall(r"\]\(((?!https?:|#)[^)]+)\)", README)
+    assert len(linked) >= 3 and all((ROOT / name).exists() for name in linked), linked
+    named = re.findall(r"`(assets/[\w./-]+)`", README)
+    assert named and all((ROOT / name).exists() for name in named), named
+    assert not re.search(r"\b(TOY|BASE|LOSS)_[A-Z]+\b|\bRESULTS\b|\bGLOSSARY\b|TODO", README)
+    anchors = {
+        re.sub(r"[^\w -]", "", h).lower().replace(" ", "-")
+        for h in re.findall(r"^## (.*)", README, re.M)
+    }
+    assert {a[1:] for a in re.findall(r"\]\((#[^)]+)\)", README)} <= anchors
