@@ -343,7 +343,7 @@ def calibrate(ref, task, config, scenes=32):
 class Hint:
     """What the teacher may read and the student may not."""
 
-    regions: list  # M indices of regions, in reading order
+    regions: list  # M indices, in reading order; none if the text names no region
     text: str
     rejected: bool  # its steps failed the spoiler filter and were left out
 
@@ -375,6 +375,12 @@ def build_hints(policy, task, rollout, config, key):
         shown = regions if where and config.hint not in others else []
         hints.append(Hint(shown, text, rejected))
     return hints
+
+
+def hint_recall(hints, problems):
+    """Mean recall of hints; None where one names no region, or nobody knows the targets."""
+    found = [recall(h.regions, p.targets) if h.regions else None for h, p in zip(hints, problems)]
+    return sum(found) / len(found) if found and None not in found else None
 
 
 # -------------------------------------------------------------------------------- tutored teacher
@@ -696,7 +702,7 @@ def mean_where(values, mask):
 def step_metrics(rollout, tokens, grad_norm):
     """The whole step in numbers; with those of other functions, all that metrics.jsonl holds:
 
-    step: updates so far; all other numbers of a row are over the whole step
+    step: training steps so far; all other numbers of a row are over the whole step
     reward: mean reward of the sampled answers
     solved: share of sampled answers that are solved
     groups_all_failed: share of groups without a solved answer: GRPO learns nothing, tutoring does
@@ -712,7 +718,7 @@ def step_metrics(rollout, tokens, grad_norm):
     grad_norm: norm of the gradient before clipping, mean over the updates of the step
     skipped: 0, or the quantity that was not finite, so that an update was left out
     completion_length: mean tokens of an answer, its end included
-    hint_recall: share of the true targets among the M hinted of R regions; at random: M/R
+    hint_recall: share of the true targets among the hinted regions (M of R; by chance M/R), or null
     hints_rejected: share of hints whose steps failed the spoiler filter; should be 0
     accuracy: held-out pictures, greedy: share solved; null between evaluations
     point_f1: held-out pictures, greedy: F1 of the named regions against the targets
@@ -722,8 +728,6 @@ def step_metrics(rollout, tokens, grad_norm):
     mask, solved, share = rollout.mask, rollout.solved[:, None], rollout.solved_share
     hints = rollout.hints or []
     distilled = mask & rollout.distill[:, None] if hints else mask & False
-    pairs = [(h.regions, p.targets) for h, p in zip(hints, rollout.problems)]
-    found = [recall(*pair) if pair[0] else None for pair in pairs]
     return {
         "reward": rollout.reward.mean().item(),
         "solved": share.mean().item(),
@@ -739,7 +743,7 @@ def step_metrics(rollout, tokens, grad_norm):
         "grad_norm": grad_norm,
         "skipped": rollout.skipped or 0,
         "completion_length": mask.sum(1).float().mean().item(),
-        "hint_recall": sum(found) / len(found) if found and None not in found else None,
+        "hint_recall": hint_recall(hints, rollout.problems),
         "hints_rejected": sum(h.rejected for h in hints) / len(hints) if hints else None,
     }
 
@@ -809,12 +813,28 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 STOP = []  # signals received: the step in progress is finished and saved first
 
 
-def train(policy, task, config, folder, resume=False):
-    """The training loop: rollout to update, as above; then evaluation, log, checkpoint.
+def collect(policy, ref, task, config, layers, step):
+    """All of a step that comes before its update -> Rollout: the sections above, one by one.
 
-    All that a run leaves is in `folder`; README lists it. Prompts and noise of a step depend on the
-    seed and its number alone, so both methods see the same, and so does a run that is resumed.
-    Raises UserError after `max_skipped` steps without an update, SystemExit after a signal.
+    Prompts and noise depend on the seed and the number of the step alone, so both methods see the
+    same, and so does a run that is resumed.
+    """
+    key, first = (config.seed, step), step * config.prompts
+    problems = [task.problem("train", config.seed, first + b) for b in range(config.prompts)]
+    rollout = answer(policy, task, problems, config.group, config.temperature, key)
+    rollout.adv = group_advantages(rollout.reward, config.group)
+    read_reference(ref, rollout, config, layers)
+    if config.method == "ptdpo":
+        rollout.hints = build_hints(policy, task, rollout, config, key)
+        tutor(ref, rollout, config)
+    return rollout
+
+
+def train(policy, task, config, folder, resume=False):
+    """The training loop: collect, update, measure, log, save.
+
+    All that a run leaves is in `folder`; README lists it. Raises UserError after `max_skipped`
+    steps without an update, SystemExit after a signal.
     """
     ref = policy.frozen_copy()
     learned = [p for p in policy.parameters() if p.requires_grad]
@@ -828,14 +848,8 @@ def train(policy, task, config, folder, resume=False):
     monitor, layers = Monitor(**state["monitor"]), state["layers"] * (config.method == "ptdpo")
     quiet, steps = RANK > 0 or None, range(state["step"] + 1, config.steps + 1)
     for step in tqdm(steps, config.method, disable=quiet):
-        began, key, first = time.perf_counter(), (config.seed, step), step * config.prompts
-        problems = [task.problem("train", config.seed, first + b) for b in range(config.prompts)]
-        rollout = answer(policy, task, problems, config.group, config.temperature, key)
-        rollout.adv = group_advantages(rollout.reward, config.group)
-        read_reference(ref, rollout, config, layers)
-        if config.method == "ptdpo":
-            rollout.hints = build_hints(policy, task, rollout, config, key)
-            tutor(ref, rollout, config)
+        began = time.perf_counter()
+        rollout = collect(policy, ref, task, config, layers, step)
         decay = 1 - (step - 1) / config.steps if config.distill_decay else 1
         distill_weight = config.distill_weight * decay
         tokens, norm = update(policy, ref, optimizer, rollout, config, distill_weight)

@@ -150,15 +150,12 @@ def one_step(folder=None):
     ref = policy.frozen_copy()
     if folder:
         state = ptdpo.read_checkpoint(path, policy)
-    step, by_layer = state.get("step", 0) + 1, ptdpo.calibrate(ref, task, config)
-    layers = state.get("layers", [by_layer.index(max(by_layer))])
-    key, first = (config.seed, step), step * config.prompts
-    problems = [task.problem("train", config.seed, first + b) for b in range(config.prompts)]
-    rollout = ptdpo.answer(policy, task, problems, config.group, config.temperature, key)
-    rollout.adv = ptdpo.group_advantages(rollout.reward, config.group)
-    ptdpo.read_reference(ref, rollout, config, layers)
-    rollout.hints = ptdpo.build_hints(policy, task, rollout, config, key)
-    ptdpo.tutor(ref, rollout, config)
+    step, layers = state.get("step", 0) + 1, state.get("layers")
+    if layers is None:
+        by_layer = ptdpo.calibrate(ref, task, config)
+        layers = [by_layer.index(max(by_layer))]
+    config = replace(config, method="ptdpo")  # a run of GRPO is told with the hints it would get
+    rollout = ptdpo.collect(policy, ref, task, config, layers, step)
     ptdpo.weigh_tokens(rollout, config, config.distill_weight)
     tokens = ptdpo.total_loss(policy, ref, rollout, config)[1]
     return config, policy, ref, rollout, tokens, step
@@ -168,10 +165,8 @@ def one_step(folder=None):
 def explain(folder=None):
     """--explain: one training step told with its own numbers."""
     config, policy, ref, rollout, tokens, step = one_step(folder)
-    G, failed = (
-        config.group,
-        rollout.distill & (rollout.solved_share > 0).repeat_interleave(config.group),
-    )
+    G, mixed = config.group, rollout.solved_share > 0
+    failed = rollout.distill & mixed.repeat_interleave(G)
     failed = failed if failed.any() else rollout.distill
     if not failed.any():
         return print(f"step {step}: nothing failed, nothing to tutor")
@@ -192,7 +187,7 @@ def explain(folder=None):
     for g in range(b * G, b * G + G):
         mark = "  <- told below" if g == n else ""
         print(f"   {rollout.reward[g]:3.1f}  {rollout.adv[g]:+.2f}   {rollout.texts[g]}{mark}")
-    found = ptdpo.recall(hint.regions, problem.targets)
+    found = ptdpo.hint_recall([hint], [problem])
     print("\n3. Where the frozen base looked while it re-read them, and so the hint:")
     print(f"   {hint.text}\n   recall of the true targets: {found}; the student never sees this")
     print("\n4. The failed answer, token by token, as student and tutored teacher see it:")
@@ -276,10 +271,8 @@ def measure(policy, task, config, layers, problems, kinds=KINDS):
     for source, parts in kinds:
         changed = replace(config, hint=source, hint_parts=parts)
         hints = ptdpo.build_hints(policy, task, rollout, changed, key)
-        recalls = [ptdpo.recall(h.regions, p.targets) for h, p in zip(hints, problems)]
         scores = ptdpo.evaluate(policy, task, problems, [h.text for h in hints])
-        mean = None if None in recalls else sum(recalls) / len(problems)
-        found[f"{source} {parts}"] = scores | {"recall": mean}
+        found[f"{source} {parts}"] = scores | {"recall": ptdpo.hint_recall(hints, problems)}
     return found
 
 
