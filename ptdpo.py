@@ -8,9 +8,9 @@
 
 The file goes through one training step, from top to bottom:
 
-    config > processes > policy > rollout > advantage > reference > hint > tutored teacher
+    config > policy > rollout > advantage > reference > hint > tutored teacher
            > losses > update > metrics, monitor > evaluation > training loop > checkpoint
-           > vision-language models > command line
+           > vision-language models > start of a run
 
 Symbols: prompt x (picture and question), hint h, answer y sampled by the student;
 student p_t = pi_theta(. | x, y_<t); tutored teacher q_t = pi_ref(. | x, h, y_<t), the frozen base
@@ -28,12 +28,10 @@ failed tokens of the update, 4 the JSD has its true gradient, 5 the KL has an im
 acts on all groups, 6 sampling without top-p.
 """
 
-import argparse
 import copy
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -56,6 +54,7 @@ from toy_tasks import Problem, UserError
 from toy_tasks.beside import Beside
 from toy_tasks.counting import Counting
 from toy_tasks.jsonl import PLACES, spoils, text_task
+from toy_tasks.ranks import RANK, RANKS, by_rank_0, gather, over_ranks, own  # of torchrun
 
 TASKS = {"counting": Counting, "beside": Beside}
 HERE = Path(__file__).resolve().parent
@@ -128,44 +127,6 @@ class Config:
 # What --model changes in the defaults; with --lora the learning rate is 1e-5.
 MODEL_DEFAULTS = dict(lr=1e-6, steps=200, micro_batch=1, distill_weight=0.05, top_k=100,
                       hint_regions=3, eval_every=10, eval_problems=128)  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------- processes
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-
-
-def connect():
-    """Join the other processes. Each samples and scores its share of the groups; all else, such as
-    weights of tokens and metrics, is computed on whole steps everywhere, as in one process."""
-    if RANKS > 1 and not torch.distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
-
-
-def over_ranks(tensor, kind="SUM"):
-    """Sum (or MAX) of a tensor over all processes, in place."""
-    if RANKS > 1:
-        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, kind))
-    return tensor
-
-
-def by_rank_0(function):
-    """Writes and prints are the business of the first process."""
-    return function if RANK == 0 else lambda *_: None
-
-
-def own(groups):
-    """The share of this process in so many groups, as a slice."""
-    return slice(RANK * groups // RANKS, (RANK + 1) * groups // RANKS)
-
-
-def gather(rows, groups):
-    """Rows [n, ...] of the groups of this process -> rows of all groups."""
-    each = len(rows) // (own(groups).stop - own(groups).start)
-    whole = rows.new_zeros(groups * each, *rows.shape[1:])
-    whole[own(groups).start * each : own(groups).stop * each] = rows
-    return over_ranks(whole)
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -320,9 +281,15 @@ def read_reference(ref, rollout, config, layers):
     return by_layer
 
 
-def recall(regions, targets):
-    """Share of the true targets among the regions; None where the task does not know them."""
-    return len(set(regions) & set(targets)) / len(targets) if targets else None
+def recall(regions, problems):
+    """Mean share of the true targets among the regions named for each problem [B][M].
+
+    None where a list is empty, or where nobody knows the targets.
+    """
+    pairs = [(set(r), set(p.targets or ())) for r, p in zip(regions, problems)]
+    if not pairs or not all(r and true for r, true in pairs):
+        return None
+    return sum(len(r & true) / len(true) for r, true in pairs) / len(pairs)
 
 
 def calibrate(ref, task, config, scenes=32):
@@ -335,7 +302,7 @@ def calibrate(ref, task, config, scenes=32):
     rollout = answer(ref, task, problems, config.group, config.temperature, key)
     by_layer = read_reference(ref, rollout, config, range(ref.num_layers))
     best = by_layer.topk(min(config.hint_regions, by_layer.shape[-1])).indices.tolist()  # [L][B][M]
-    return [sum(recall(r, p.targets) for r, p in zip(b, problems)) / scenes for b in best]
+    return [recall(regions, problems) for regions in best]
 
 
 # ------------------------------------------------------------------------------------------- hint
@@ -375,12 +342,6 @@ def build_hints(policy, task, rollout, config, key):
         shown = regions if where and config.hint not in others else []
         hints.append(Hint(shown, text, rejected))
     return hints
-
-
-def hint_recall(hints, problems):
-    """Mean recall of hints; None where one names no region, or nobody knows the targets."""
-    found = [recall(h.regions, p.targets) if h.regions else None for h, p in zip(hints, problems)]
-    return sum(found) / len(found) if found and None not in found else None
 
 
 # -------------------------------------------------------------------------------- tutored teacher
@@ -743,7 +704,7 @@ def step_metrics(rollout, tokens, grad_norm):
         "grad_norm": grad_norm,
         "skipped": rollout.skipped or 0,
         "completion_length": mask.sum(1).float().mean().item(),
-        "hint_recall": hint_recall(hints, rollout.problems),
+        "hint_recall": recall([h.regions for h in hints], rollout.problems),
         "hints_rejected": sum(h.rejected for h in hints) / len(hints) if hints else None,
     }
 
@@ -999,9 +960,8 @@ def live_tensors(policy, optimizer):
     learned = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     live = {f"policy.{name}": p.detach() for name, p in learned.items()}
     for name, p in learned.items() if optimizer else ():
-        begin = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
-        begin |= {"exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = optimizer.state[p] or begin
+        moments = {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = optimizer.state[p] or {"step": torch.zeros(()), **moments}
         live |= {f"{kind}.{name}": v for kind, v in optimizer.state[p].items()}
     return live
 
@@ -1040,19 +1000,6 @@ def read_checkpoint(path, policy, optimizer=None):
     for name, tensor in live.items():
         tensor.copy_(tensors[name])
     return state
-
-
-def stored_config(path, **changes):
-    """Config of a run's checkpoint, with changes. UserError if it is none, or another version's."""
-    state = open_checkpoint(path)[0]
-    if "config" not in state:
-        raise UserError(f"{path}: weights alone, no run; start one with --toy --base {path}")
-    if odd := state["config"].keys() ^ vars(Config()):
-        hint = f"use commit {state['commit']}"
-        raise UserError(f"{path}: another version's, which differs in {min(odd)}; {hint}")
-    if changes.get("steps", math.inf) < state["step"]:
-        raise UserError(f"--steps {changes['steps']}: the run is at {state['step']}; give more")
-    return make_config(state["config"] | changes)
 
 
 # ------------------------------------------------------------------------- vision-language models
@@ -1269,44 +1216,7 @@ class HFPolicy(torch.nn.Module):
         return table / table.sum(1, keepdim=True).clamp_min(1)
 
 
-# ----------------------------------------------------------------------------------- command line
-def parse(argv):
-    """Command line -> the given flags by name; nothing is filled in."""
-
-    def mistake(message):
-        """Let a wrong flag end like every other mistake of the user."""
-        raise UserError(f"{message}; see python ptdpo.py --help")
-
-    parser = argparse.ArgumentParser("ptdpo.py", argument_default=argparse.SUPPRESS)
-    parser.error = mistake
-    todo = parser.add_argument_group("what to do").add_mutually_exclusive_group()
-    todo.add_argument("--toy", action="store_true", help="train on counting pictures, on a CPU")
-    todo.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run in DIR")
-    todo.add_argument("--eval", metavar="CHECKPOINT", type=Path, help="measure it, on --eval-split")
-    todo.add_argument("--warm-start", action="store_true", help="make and measure a base")
-    todo.add_argument("--explain", metavar="DIR", type=Path, nargs="?", help="tell one step")
-    todo.add_argument("--reproduce", metavar="NAME", help="an experiment of the paper, or: all")
-    todo.add_argument("--plot", metavar="DIR", type=Path, nargs="+", help="redraw DIR/curves.png")
-    todo.add_argument("--calibrate", action="store_true", help="rank the layers of --model")
-    todo.add_argument("--save-hf", metavar=("RUN", "DIR"), type=Path, nargs=2,
-                      help="write the model of a run as a folder of transformers")  # fmt: skip
-    todo.add_argument("--help-metrics", action="store_true", help="what each number means")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="a new run (default runs/NAME)")
-    parser.add_argument("--seeds", type=int, help="seeds of --reproduce, from 200 on (default 10)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    for f in fields(Config):
-        flag, shown = f"--{f.name.replace('_', '-')}", "none" if f.default == "" else f.default
-        text = f"{f.metadata['help']} (default {shown}"
-        text += f", --model: {MODEL_DEFAULTS[f.name]})" if f.name in MODEL_DEFAULTS else ")"
-        kind = {"type": f.type, "choices": f.metadata["choices"] or None}
-        if f.name == "method":
-            kind, text = kind | {"choices": ("both", "grpo", "ptdpo")}, f"{text}; --toy: both"
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag, help=text, **kind)
-    return vars(parser.parse_args(argv))
-
-
+# ---------------------------------------------------------------------------------- start of a run
 def make_config(given):
     """Config from flags by name, each checked."""
     if given.get("model"):
@@ -1342,143 +1252,26 @@ def toy(config, trained=True):
 
 def setup(config, task=None):
     """Policy and task of a run. Bad data are found before a model is loaded."""
-    if not config.model:
-        return toy(config)
-    task = task or text_task(config)
-    return HFPolicy(config), task
-
-
-def runs_in(folder):
-    """The run in a folder, or the runs one level below it."""
-    found = [p.parent for p in (*folder.glob("run.json"), *sorted(folder.glob("*/run.json")))]
-    if not found:
-        raise UserError(f"{folder}: no run in it; start one with --toy --out {folder}")
-    for run in found:
-        try:
-            json.loads((run / "run.json").read_text())["base"]["accuracy"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{run}/run.json: torn; use another copy, or start again") from None
-    return found
+    if config.model:
+        task = task or text_task(config)
+    return (HFPolicy(config), task) if config.model else toy(config)
 
 
 def run(config, folder, resume, task=None):
     """Train one run; a signal lets it finish its step and save."""
-    connect()
     STOP.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: STOP.append(n))
     train(*setup(config, task), config, folder, resume)
 
 
-def guard(action, *args):
-    """Do it -> exit code. What the user can mend is one line and 2, never a traceback."""
-    try:
-        action(*args)
-        return 0
-    except UserError as error:
-        text = str(error)
-    except torch.OutOfMemoryError:
-        text = """the GPU is full: add --checkpointing or --lora 16, or lower --sample-batch,
-            --max-tokens, --max-pixels or --micro-batch"""
-    except OSError as error:
-        text = f"{error.filename or 'disk'}: {error.strerror}; give a path that works, with room"
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    print("ptdpo.py:", *text.split(), file=sys.stderr)
-    return 2
-
-
-def child(*args):
-    """A run in a process of its own."""
-    sys.exit(guard(run, *args))
-
-
-def side_by_side(runs):
-    """All runs at once, one process each; a signal is passed on to them, and they save.
-
-    Exits with the worst of their codes, unless all is well.
-    """
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=child, args=r) for r in runs]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: [os.kill(c.pid, n) for c in children if c.is_alive()])
-    for c in children:
-        c.start()
-    for c in children:
-        c.join()
-    if worst := max(c.exitcode if c.exitcode >= 0 else 128 - c.exitcode for c in children):
-        sys.exit(worst)
-
-
-def train_command(given):
-    """--toy, --model and --resume: one run or two -> folder of the runs, task."""
-    if "resume" in given:
-        changes = {"steps": given["steps"]} if "steps" in given else {}
-        found = [(f, f / "checkpoint.safetensors") for f in runs_in(given["resume"])]
-        runs = [(stored_config(path, **changes), f, True) for f, path in found]
-    else:
-        method = given.get("method", "ptdpo" if "model" in given else "both")
-        methods = ["grpo", "ptdpo"] if method == "both" else [method]
-        out = given.get("out", Path("runs") / Path(given.get("model", "toy")).name)
-        runs = [(make_config(given | {"method": m}), out / m, False) for m in methods]
-    config = runs[0][0]  # a missing base or bad data are found before anything is written
-    task = text_task(config) if config.model else toy(config)[1]
-    for _, folder, resume in runs:
-        if (folder / "run.json").exists() and not resume and "overwrite" not in given:
-            raise UserError(f"{folder} holds a run: add --overwrite, or give another --out")
-    for _, folder, _ in runs:
-        folder.mkdir(parents=True, exist_ok=True)
-    if len(runs) > 1 and not config.model and RANKS == 1:
-        side_by_side(runs)
-    else:
-        for one in runs:
-            run(*one, task)
-    return runs[0][1].parent, task
-
-
-# What may be given beside an action that goes by what is stored, or by nothing.
-HEEDED = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems", "task"}, "plot": set(),
-          "save_hf": set(), "explain": set(), "help_metrics": set()}  # fmt: skip
-
-
-def command(argv):
-    """Do what the command line says."""
-    from toy_tasks import hub, reproduce
-
-    given = parse(argv)
-    for action, others in HEEDED.items():
-        if action in given and (odd := given.keys() - others - {action}):
-            flag = min(odd).replace("_", "-")
-            name = action.replace("_", "-")
-            raise UserError(f"--{name} goes by what is stored: leave out --{flag}")
-    settings = {f.name: given[f.name] for f in fields(Config) if f.name in given}
-    out, seeds = lambda name: given.get("out", Path("runs") / name), given.get("seeds", 10)
-    actions = {  # each gets what its flag was given
-        "help_metrics": lambda _: print("\n".join(f"{k:18} {v}" for k, v in METRICS.items())),
-        "plot": reproduce.plot,
-        "explain": reproduce.explain,
-        "reproduce": lambda name: reproduce.reproduce(name, seeds, out("reproduce"), settings),
-        "eval": lambda path: reproduce.evaluate_checkpoint(path, **settings),
-        "warm_start": lambda _: reproduce.make_base(make_config(given), out("base")),
-        "save_hf": lambda paths: hub.save_run(*paths),
-        "calibrate": lambda _: hub.calibrate_layers(make_config(given), out("calibration")),
-    }
-    for action in actions.keys() & given.keys():
-        return actions[action](given[action])
-    if "toy" in given and "model" in given:
-        raise UserError("--toy and --model: choose one")
-    if not given.keys() & {"toy", "model", "resume"}:
-        raise UserError("say what to do, for example --toy; see python ptdpo.py --help")
-    folder, task = train_command(given)
-    if RANK == 0:
-        reproduce.finish(folder, task)
-
-
 def main(argv=None):
-    """Entry point -> exit code."""
-    return guard(command, sys.argv[1:] if argv is None else argv)
+    """Entry point -> exit code. The flags are the fields of Config and toy_tasks/commands.py."""
+    from toy_tasks import commands
+
+    return commands.guard(commands.command, sys.argv[1:] if argv is None else argv)
 
 
+sys.modules["ptdpo"] = sys.modules[__name__]  # `import ptdpo` is this very module, also as a script
 if __name__ == "__main__":
-    sys.modules["ptdpo"] = sys.modules[__name__]  # so that `import ptdpo` is this very module
     sys.exit(main())

@@ -14,6 +14,7 @@ from helpers import ROOT, gradient, make_rollout
 import ptdpo
 from ptdpo import Rollout
 from toy_tasks import Grade
+from toy_tasks.commands import parse
 
 pytestmark = pytest.mark.skipif("EXERCISES" not in os.environ, reason="exercises, for the reader")
 
@@ -44,9 +45,7 @@ def test_exercise_3_advantage_without_the_deviation():
     expected = torch.tensor([0.5, -0.5, -0.5, 0.5, -0.25, -0.25, -0.25, 0.75])
     assert torch.equal(ptdpo.group_advantages(r, 4, "centred"), expected)
     assert ptdpo.group_advantages(r, 4).max() > 1
-    assert (
-        ptdpo.make_config(ptdpo.parse(["--toy", "--advantage", "centred"])).advantage == "centred"
-    )
+    assert ptdpo.make_config(parse(["--toy", "--advantage", "centred"])).advantage == "centred"
 
 
 def test_exercise_4_another_divergence():
@@ -57,12 +56,12 @@ def test_exercise_4_another_divergence():
     assert torch.allclose(value, (p.sqrt() - q.sqrt()) ** 2 / 2)
     up, down = (ptdpo.DIVERGENCES["hellinger"](p + e, q)[0] for e in (1e-6, -1e-6))
     assert torch.allclose(slope, (up - down) / 2e-6, atol=1e-8)
-    assert ptdpo.make_config(ptdpo.parse(["--toy", "--divergence", "hellinger"]))
+    assert ptdpo.make_config(parse(["--toy", "--divergence", "hellinger"]))
 
 
 def test_exercise_5_another_source_of_hints(task, policy):
     """`--hint neighbour`: the regions of the next group's attention, the last takes the first's."""
-    config = ptdpo.make_config(ptdpo.parse(["--toy", "--method", "ptdpo", "--hint", "neighbour"]))
+    config = ptdpo.make_config(parse(["--toy", "--method", "ptdpo", "--hint", "neighbour"]))
     problems = [task.problem("train", 0, i) for i in range(3)]
     rollout = Rollout(problems, [policy.encode(p) for p in problems], *[None] * 3, [])
     rollout.relevance = torch.rand(3, 25, generator=torch.Generator().manual_seed(0))

@@ -49,8 +49,9 @@ def near(row, share):
 def worker(folder, out):
     """What each of the two processes does."""
     import ptdpo
+    from toy_tasks.ranks import connect
 
-    ptdpo.connect()
+    connect()
     steps = [one_step(folder), one_step(folder, updates_per_batch=2, micro_batch=1)]
     assert ptdpo.main([*TOY.split(), "--out", str(out / "two")]) == 0
     report = ptdpo.report

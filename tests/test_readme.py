@@ -42,7 +42,7 @@ def test_flags_exist():
     """Whatever README says about ptdpo.py, the parser knows the flags."""
     known = {"--index-url", "--help", "--nproc-per-node"}  # of pip, every parser, torchrun
     known |= {f"--{f.name.replace('_', '-')}" for f in fields(ptdpo.Config)}
-    source = (ROOT / "ptdpo.py").read_text()
+    source = (ROOT / "toy_tasks/commands.py").read_text()
     known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
     assert len(mentioned) > 10 and mentioned <= known, mentioned - known

@@ -504,12 +504,16 @@ def test_step_metrics_by_hand():
 
 @pytest.mark.parametrize(
     ("regions", "targets", "expected"),
-    [([1, 2, 3], [2, 3], 1.0), ([1, 2], [2, 3], 0.5), ([], [2], 0.0), ([1], [], None),
-     ([1], None, None)],
+    [([1, 2, 3], [2, 3], 1.0), ([1, 2], [2, 3], 0.5), ([1], [2], 0.0), ([1], [], None),
+     ([1], None, None), ([], [2], None)],
 )  # fmt: skip
 def test_recall_by_hand(regions, targets, expected):
-    """Share of the targets found; None where there are none or nobody knows them."""
-    assert ptdpo.recall(regions, targets) == expected
+    """Share of the targets found; None where no region is named, or no target known."""
+    problem = Problem([], "", "", targets=targets)
+    assert ptdpo.recall([regions], [problem]) == expected
+    if expected:  # a mean; one unknown, and it is unknown
+        assert ptdpo.recall([regions, [0]], [problem] * 2) == expected / 2
+        assert ptdpo.recall([regions, []], [problem] * 2) is None
 
 
 def test_judge_by_hand():

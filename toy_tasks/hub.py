@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 import ptdpo
+from toy_tasks.commands import runs_in
 from toy_tasks.jsonl import PLACES
 
 
@@ -130,7 +131,7 @@ def calibrate_layers(config, folder):
 
 def save_run(run, folder):
     """--save-hf: the model of a run as a folder that transformers loads."""
-    if len(runs := ptdpo.runs_in(run)) > 1:
+    if len(runs := runs_in(run)) > 1:
         raise ptdpo.UserError(f"{run} holds {len(runs)} runs; name one, such as {runs[-1]}")
     path = runs[0] / "checkpoint.safetensors"
     config = ptdpo.make_config(ptdpo.open_checkpoint(path)[0]["config"])

@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
 import ptdpo
+from toy_tasks.commands import runs_in, stored_config
 from toy_tasks.warm_start import warm_start
 
 PANELS = ("accuracy", "point_f1", "entropy", "groups_all_failed", "groups_mixed", "jsd")
@@ -56,7 +57,7 @@ def plot(folders):
         for folder in folders:
             draw_summary(folder / "summary.json")
         return print(claims_markdown(folders))
-    runs = [run for folder in folders for run in ptdpo.runs_in(folder)]
+    runs = [run for folder in folders for run in runs_in(folder)]
     plot_curves(runs, folders[0] / "curves.png")
     print(f"drawn: {folders[0]}/curves.png")
 
@@ -142,8 +143,8 @@ def one_step(folder=None):
     """The next step of a run (or the first from the base), up to its update -> all that it made."""
     config, state = ptdpo.Config(), {}
     if folder:
-        path = ptdpo.runs_in(folder)[-1] / "checkpoint.safetensors"
-        config = ptdpo.stored_config(path)
+        path = runs_in(folder)[-1] / "checkpoint.safetensors"
+        config = stored_config(path)
     if config.model:
         raise ptdpo.UserError("--explain tells runs of the toy; give the folder of one")
     policy, task = ptdpo.toy(config)
@@ -187,7 +188,7 @@ def explain(folder=None):
     for g in range(b * G, b * G + G):
         mark = "  <- told below" if g == n else ""
         print(f"   {rollout.reward[g]:3.1f}  {rollout.adv[g]:+.2f}   {rollout.texts[g]}{mark}")
-    found = ptdpo.hint_recall([hint], [problem])
+    found = ptdpo.recall([hint.regions], [problem])
     print("\n3. Where the frozen base looked while it re-read them, and so the hint:")
     print(f"   {hint.text}\n   recall of the true targets: {found}; the student never sees this")
     print("\n4. The failed answer, token by token, as student and tutored teacher see it:")
@@ -249,7 +250,7 @@ def steps_to(rows, goal):
 
 def finish(folder, task):
     """After a run: draw, and print the table."""
-    folders = ptdpo.runs_in(folder)
+    folders = runs_in(folder)
     plot_curves(folders, folder / "curves.png")
     for run in folders:
         plot_tutoring(run, task, folder / "tutoring.png")
@@ -272,7 +273,8 @@ def measure(policy, task, config, layers, problems, kinds=KINDS):
         changed = replace(config, hint=source, hint_parts=parts)
         hints = ptdpo.build_hints(policy, task, rollout, changed, key)
         scores = ptdpo.evaluate(policy, task, problems, [h.text for h in hints])
-        found[f"{source} {parts}"] = scores | {"recall": ptdpo.hint_recall(hints, problems)}
+        recall = ptdpo.recall([h.regions for h in hints], problems)
+        found[f"{source} {parts}"] = scores | {"recall": recall}
     return found
 
 
@@ -306,13 +308,13 @@ def make_base(config, folder):
 
 def evaluate_checkpoint(path, **given):
     """Held-out scores of a checkpoint beside its base's, alone and tutored; and by true answer."""
-    if path.is_dir() and len(runs := ptdpo.runs_in(path)) > 1:
+    if path.is_dir() and len(runs := runs_in(path)) > 1:
         raise ptdpo.UserError(f"{path} holds {len(runs)} runs; name one, such as {runs[0]}")
-    path = ptdpo.runs_in(path)[0] / "checkpoint.safetensors" if path.is_dir() else path
+    path = runs_in(path)[0] / "checkpoint.safetensors" if path.is_dir() else path
     state, _ = ptdpo.open_checkpoint(path)
     run = state.get("config", {})
     given = given if run.get("model") else {"eval_problems": 512} | given
-    config = ptdpo.stored_config(path, **given) if run else ptdpo.make_config(given)
+    config = stored_config(path, **given) if run else ptdpo.make_config(given)
     policy, task = ptdpo.setup(config)
     base = policy.frozen_copy()
     ptdpo.read_checkpoint(path, policy)
