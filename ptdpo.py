@@ -1253,6 +1253,7 @@ def toy(config, trained=True):
 def setup(config, task=None):
     """Policy and task of a run. Bad data are found before a model is loaded."""
     if config.model:
+        torch.set_num_threads(config.threads)
         task = task or text_task(config)
     return (HFPolicy(config), task) if config.model else toy(config)
 

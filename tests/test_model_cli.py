@@ -41,6 +41,12 @@ def call(*args):
     return ptdpo.main([str(a) for a in args])
 
 
+def same_checkpoints(*runs):
+    """Weights and moments, bit for bit."""
+    a, b = (ptdpo.open_checkpoint(run / "checkpoint.safetensors")[1] for run in runs)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_train_resume_evaluate_export(folder, tmp_path, capsys, signals, monkeypatch):
     """Two steps, two more; the same as four at once; then transformers loads the export."""
     model = ["--model", folder, *SMALL, "--lr", "1e-2"]
@@ -49,6 +55,7 @@ def test_train_resume_evaluate_export(folder, tmp_path, capsys, signals, monkeyp
     assert call("--resume", tmp_path / "run", "--steps", 4) == 0
     run = tmp_path / "run" / "ptdpo"
     assert len(rows(run)) == 4 and rows(run)[2:] == rows(tmp_path / "whole" / "ptdpo")[2:]
+    assert same_checkpoints(run, tmp_path / "whole" / "ptdpo")
     row = rows(run)[-1]
     assert row["jsd"] > 0 and row["kl"] > 0 and row["hint_recall"] is not None
     assert row["accuracy"] is not None and row["point_f1"] is None
@@ -96,7 +103,7 @@ def check_export(folder, run, out, monkeypatch):
 
 
 def test_adapters_on_data_with_one_and_two_pictures(folder, data, tmp_path, signals, monkeypatch):
-    """LoRA, checkpointing, bfloat16, a reward of one's own; 9 and 18 regions in a batch."""
+    """LoRA, checkpointing, bfloat16, own reward; resumed; 9 and 18 regions in a batch."""
     (data.parent / "parity.py").write_text("def grade(problem, text): return len(text) % 2")
     monkeypatch.syspath_prepend(str(data.parent))
     args = ["--data", data, "--eval-data", data, "--columns", "images=picture", "--eval-problems"]
@@ -105,6 +112,10 @@ def test_adapters_on_data_with_one_and_two_pictures(folder, data, tmp_path, sign
     )
     args += "--steps 2 --prompts 3 --group 2 --max-tokens 6 --lr 1e-2".split()
     assert call("--model", folder, *args, "--out", tmp_path / "run") == 0
+    begin = [*args, "--method", "ptdpo", "--steps", 1]
+    assert call("--model", folder, *begin, "--out", tmp_path / "part") == 0
+    assert call("--resume", tmp_path / "part", "--steps", 2) == 0
+    assert same_checkpoints(tmp_path / "part" / "ptdpo", tmp_path / "run" / "ptdpo")
     for method in ("grpo", "ptdpo"):
         assert len(rows(tmp_path / "run" / method)) == 2
         path = tmp_path / "run" / method / "checkpoint.safetensors"

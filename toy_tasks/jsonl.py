@@ -192,7 +192,10 @@ class FreeText:
 
     def problem(self, split, seed, index):
         """The scene that the toy poses for (split, seed, index), drawn large."""
-        scene = self.scenes.problem(split, seed, index)
+        return self.put(self.scenes.problem(split, seed, index))
+
+    def put(self, scene):
+        """A scene of the toy as a problem in words, with the places of its matches."""
         colour, shape = scene.question.split()[2:4]
         question = f"How many {colour} {shape} are in the picture?\n{ASK}"
         steps = (

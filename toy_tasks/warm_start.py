@@ -86,8 +86,8 @@ LESSONS = {  # by task: what makes an example, and the kinds in turn
 def warm_start(task, policy, seed, steps=1200, batch=64):
     """Teach an untrained policy all lessons of a task in turn; the learning rate ends at 0."""
     lesson, kinds = LESSONS[type(task)]
-    named = policy.named_parameters()
-    matrices = [p for n, p in named if p.ndim == 2 and n[:3] not in ("emb", "pos")]
+    named, end = policy.named_parameters(), policy.stop_ids[0]
+    matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n and n != "position"]
     others = [p for p in policy.parameters() if all(p is not m for m in matrices)]
     optimizers = [torch.optim.Muon(matrices, 4e-3, 0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, 4e-3, (0.9, 0.95), weight_decay=0.01)]  # fmt: skip
@@ -95,9 +95,9 @@ def warm_start(task, policy, seed, steps=1200, batch=64):
         rng = random.Random(f"warm start/{seed}/{step}")
         lessons = [lesson(task, kinds[step % len(kinds)], rng) for _ in range(batch)]
         prompts = [policy.encode(problem, hint) for problem, hint, _ in lessons]
-        answers = [policy.tokens(text) + [0] for _, _, text in lessons]
+        answers = [policy.tokens(text) + [end] for _, _, text in lessons]
         longest = max(map(len, answers))
-        ids = torch.tensor([a + [0] * (longest - len(a)) for a in answers])
+        ids = torch.tensor([a + [end] * (longest - len(a)) for a in answers])
         mask = torch.arange(longest) < torch.tensor([[len(a)] for a in answers])
         logp = (policy(prompts, ids)[0] @ policy.head_weight.T).log_softmax(-1)
         loss = -logp.gather(-1, ids[..., None])[..., 0][mask].mean()
