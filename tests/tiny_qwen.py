@@ -4,24 +4,10 @@ import json
 
 import torch
 
+from toy_tasks.small_qwen import SPECIAL, TEMPLATE
+
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}"
-    "{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+PROCESSORS = dict(zip(FAMILIES, ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")))
 
 
 def tokenizer():
@@ -44,68 +30,40 @@ def tokenizer():
     )
 
 
+def vision(family, hidden):
+    """Settings of a vision tower: two layers, 32 wide."""
+    if family == "qwen2_vl":
+        own = dict(embed_dim=32, hidden_size=hidden, mlp_ratio=2, patch_size=14)
+    elif family == "qwen2_5_vl":
+        own = dict(patch_size=14, window_size=56, fullatt_block_indexes=[1])
+    else:
+        own = dict(patch_size=16, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
+    if family != "qwen2_vl":
+        own |= dict(hidden_size=32, out_hidden_size=hidden, intermediate_size=64)
+    return dict(depth=2, num_heads=2, **own)
+
+
 def config(family, hidden=64, layers=3):
+    """Settings of a model, as its config.json has them."""
     from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
     f = {s: 256 + i for i, s in enumerate(SPECIAL)}
-    ids = {
-        "image_token_id": f["<|image_pad|>"],
-        "video_token_id": f["<|video_pad|>"],
-        "vision_start_token_id": f["<|vision_start|>"],
-        "vision_end_token_id": f["<|vision_end|>"],
-    }
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    ids = {name: f[mark] for name, mark in zip(names, marks)}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    text = {
-        "vocab_size": 264,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 16,
-        "num_key_value_heads": hidden // 32,
-        "max_position_embeddings": 4096,
-        "rope_parameters": rope,
-        "eos_token_id": f["<|im_end|>"],
-        "pad_token_id": f["<|endoftext|>"],
-    }
-    if family == "qwen2_vl":
-        vision = {
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": hidden,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": 14,
-        }
-        return Qwen2VLConfig(
-            text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
-        )
-    if family == "qwen2_5_vl":
-        vision = {
-            "depth": 2,
-            "hidden_size": 32,
-            "out_hidden_size": hidden,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "patch_size": 14,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        }
-        return Qwen2_5_VLConfig(
-            text_config=text, vision_config=vision, tie_word_embeddings=False, **ids
-        )
-    text["head_dim"] = 16
-    text["rope_parameters"] = dict(rope, mrope_interleaved=True)
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "out_hidden_size": hidden,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "patch_size": 16,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    text = dict(vocab_size=264, hidden_size=hidden, intermediate_size=2 * hidden,
+                num_hidden_layers=layers, num_attention_heads=hidden // 16,
+                num_key_value_heads=hidden // 32, max_position_embeddings=4096,
+                rope_parameters=rope, eos_token_id=f["<|im_end|>"],
+                pad_token_id=f["<|endoftext|>"])  # fmt: skip
+    if family == "qwen3_vl":
+        text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}}
+    kinds = dict(zip(FAMILIES, (Qwen2VLConfig, Qwen2_5_VLConfig, Qwen3VLConfig)))
+    tied = family != "qwen2_5_vl"
+    return kinds[family](
+        text_config=text, vision_config=vision(family, hidden), tie_word_embeddings=tied, **ids
+    )
 
 
 def save(folder, family, dtype=torch.float32, seed=0, gain=4.0, **sizes):
@@ -126,11 +84,7 @@ def save(folder, family, dtype=torch.float32, seed=0, gain=4.0, **sizes):
     qwen3 = family == "qwen3_vl"
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessorFast" if qwen3 else "Qwen2VLImageProcessor",
-        "processor_class": "Qwen3VLProcessor"
-        if qwen3
-        else "Qwen2_5_VLProcessor"
-        if "5" in family
-        else "Qwen2VLProcessor",
+        "processor_class": PROCESSORS[family],
         "patch_size": 16 if qwen3 else 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
