@@ -373,6 +373,11 @@ for base in (1, 2):
     place = {"base": f"toy_tasks/base-{base}.safetensors"}
     ARMS |= {f"grpo_base_{base}": place | {"method": "grpo"}, f"ptdpo_base_{base}": place}
 
+# The path of --model, on a CPU: all that shapes learning is as in the toy.
+small = {"model": "assets/small-qwen", "max_tokens": 16, "max_pixels": 20_000, "hint_regions": 6}
+small |= {n: getattr(ptdpo.Config, n) for n in ptdpo.MODEL_DEFAULTS.keys() - {"hint_regions"}}
+ARMS |= {"qwen_grpo": small | {"method": "grpo"}, "qwen_ptdpo": small}
+
 USUAL = ("accuracy", "point_f1", "right_reason", "entropy", "completion_length", "hint_recall")
 GROUPS = ("groups_all_failed", "groups_mixed", "groups_all_solved")
 
@@ -500,6 +505,16 @@ EXPERIMENTS = {
             for form, gain in zip(("grpo", "dapo", "gspo"), ("+5.1 %", "+3.0 %", "+1.9 %"))
         ],
     ),
+    "qwen": Experiment(
+        "qwen_grpo qwen_ptdpo",
+        [
+            Claim("ours: --model on a CPU", "accuracy", "qwen_ptdpo", "qwen_grpo"),
+            Claim("ours: --model on a CPU, whole run", "area", "qwen_ptdpo", "qwen_grpo"),
+            Claim("entropy of PTD-PO stays above GRPO's", "entropy", "qwen_ptdpo", "qwen_grpo"),
+        ],
+        ("accuracy", "entropy", "completion_length", "hint_recall", *GROUPS[:2]),
+        seeds=5,
+    ),
 }  # fmt: skip
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees of freedom
 
@@ -555,7 +570,7 @@ def one_run(arm, seed, folder, common):
     if not started or len(read_rows(folder / "metrics.jsonl")) < config.steps:
         ptdpo.token_stats = student_support if control == "student_support" else plain
         with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-            ptdpo.train(*ptdpo.toy(config), config, folder, resume=started)
+            ptdpo.train(*ptdpo.setup(config), config, folder, resume=started)
         ptdpo.token_stats = plain
 
 
