@@ -143,6 +143,10 @@ def extract(text):
 
 def quantity(text):
     """(value, unit) of a plain text that is one number, perhaps with a name before it, or None."""
+    mixed = re.search(r"\b(\d{1,9}) (\d{1,9})/([1-9]\d{0,8})\b", text)  # 2 1/2
+    if mixed and int(mixed[2]) < int(mixed[3]):
+        whole, a, b = map(int, mixed.groups())
+        text = text.replace(mixed[0], f"{whole * b + a}/{b}")
     name, unit = r"[a-z]\w{0,9} ?= ?", r"%|°|[mglsh]\^?[23]?|[a-z]{2}[a-z /]*\^?[23]?"
     number = r"(-?) ?(\d{1,3}(?:,\d{3}){1,9}|\d{0,30})(\.\d{1,30})?(?: ?/ ?(0*[1-9]\d{0,30}))?"
     m = re.fullmatch(rf"(?:{name})?{number} ?({unit})?", text)
