@@ -376,7 +376,9 @@ for base in (1, 2):
 # The path of --model, on a CPU: all that shapes learning is as in the toy.
 small = {"model": "assets/small-qwen", "max_tokens": 16, "max_pixels": 20_000, "hint_regions": 6}
 small |= {n: getattr(ptdpo.Config, n) for n in ptdpo.MODEL_DEFAULTS.keys() - {"hint_regions"}}
-ARMS |= {"qwen_grpo": small | {"method": "grpo"}, "qwen_ptdpo": small}
+for name, changes in (("", {}), ("_long", {"steps": 180})):
+    large = small | changes
+    ARMS |= {f"qwen_grpo{name}": large | {"method": "grpo"}, f"qwen_ptdpo{name}": large}
 
 USUAL = ("accuracy", "point_f1", "right_reason", "entropy", "completion_length", "hint_recall")
 GROUPS = ("groups_all_failed", "groups_mixed", "groups_all_solved")
@@ -506,11 +508,13 @@ EXPERIMENTS = {
         ],
     ),
     "qwen": Experiment(
-        "qwen_grpo qwen_ptdpo",
+        "qwen_grpo qwen_ptdpo qwen_grpo_long qwen_ptdpo_long",
         [
-            Claim("ours: --model on a CPU", "accuracy", "qwen_ptdpo", "qwen_grpo"),
-            Claim("ours: --model on a CPU, whole run", "area", "qwen_ptdpo", "qwen_grpo"),
-            Claim("entropy of PTD-PO stays above GRPO's", "entropy", "qwen_ptdpo", "qwen_grpo"),
+            Claim(f"small Qwen2-VL, {steps} steps{more}", measure, f"qwen_ptdpo{name}",
+                  f"qwen_grpo{name}")
+            for name, steps in (("", 60), ("_long", 180))
+            for measure, more in (("accuracy", ""), ("area", ""),
+                                  ("entropy", ": entropy stays higher"))
         ],
         ("accuracy", "entropy", "completion_length", "hint_recall", *GROUPS[:2]),
         seeds=5,
@@ -557,8 +561,8 @@ def one_run(arm, seed, folder, common):
     """Train an arm on a seed, go on with it, or leave it if it is done."""
     changes = dict(ARMS[arm])
     control = changes.pop("control", None)
-    if "steps" in changes and "steps" in common:  # a long run stays three times as long
-        changes["steps"] = 3 * common["steps"]
+    if "steps" in common:  # a long run stays three times as long
+        changes["steps"] = changes.get("steps", 60) // 60 * common["steps"]
     config = ptdpo.make_config({"eval_split": "test"} | common | changes | {"seed": seed})
     if control == "zero_gradient":
         config.divergence = control
