@@ -246,8 +246,8 @@ def answer(policy, task, problems, group, temperature, key, hints=None):
 def group_advantages(rewards, group_size):
     """Reward relative to the group: A_i = (r_i - mean) / (std + 1e-6), sample std (paper, GRPO).
 
-    rewards [N] -> [N]. A flat group, all failed or all solved, gets exactly 0, which rounding
-    would not give: GRPO learns nothing from it. Where all failed, tutoring is the only signal.
+    rewards [N] -> [N]. A flat group, of equal rewards, gets exactly 0, which rounding would not
+    give: GRPO learns nothing from it. Where all failed alike, tutoring is the only signal.
     """
     r = rewards.view(-1, group_size)
     adv = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
@@ -666,8 +666,8 @@ def step_metrics(rollout, tokens, grad_norm):
     step: training steps so far; all other numbers of a row are over the whole step
     reward: mean reward of the sampled answers
     solved: share of sampled answers that are solved
-    groups_all_failed: share of groups without a solved answer: GRPO learns nothing, tutoring does
-    groups_mixed: share of groups with solved and failed answers: where GRPO learns
+    groups_all_failed: share of groups without a solved answer: on 0/1 rewards GRPO learns nothing
+    groups_mixed: share of groups with solved and failed answers: on 0/1 rewards all that GRPO sees
     groups_all_solved: share of groups with solved answers only: nothing is left to learn
     distilled: share of answer tokens that are distilled; if small, each carries much of lambda
     jsd: mean Top-K JSD (or --divergence) of the distilled tokens in nats; null if none is
@@ -734,7 +734,7 @@ class Monitor:
         row["entropy_slope"] = ((x * y).sum() / (x * x).sum()).item() if len(y) > 1 else None
         low = self.start_entropy / 5 if row["solved"] < 0.5 else -1
         signs = [  # dead is what stays between two bounds
-            ("groups_mixed", 0, 0, "no mixed group, the policy gradient is 0: raise --group"),
+            ("groups_mixed", 0, 0, "no mixed group, reward teaches next to nothing: raise --group"),
             ("groups_all_solved", 1, 1, "all is solved, nothing to tutor: raise --difficulty"),
             ("jsd", -1, 1e-4, "JSD near 0, the hint changes nothing: can the base read hints?"),
             ("hint_recall", 0, 1.1 * chance, "hints no better than random: try --hint-layers 2"),
@@ -1230,11 +1230,15 @@ def make_config(given):
             raise UserError(f"--{f.name.replace('_', '-')} {value}: give {known}")
     names = list(vars(config))
     unread = ["task", "base"] if config.model else names[names.index("model") + 1 :]
-    unread += ["train_vision"] if config.lora else []  # adapters sit in the decoder alone
+    unread += ["train_vision"] * (config.lora > 0)  # adapters sit in the decoder alone
+    if config.model:
+        unread += ["eval_split"] if config.data else ["columns", "allow_outside"]
     for name in unread:  # it would be stored with the run, and be a lie
         if getattr(config, name) != getattr(Config, name):
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} has no effect here (see --model, --lora); leave it out")
+            raise UserError(
+                f"--{flag} has no effect here (see --model, --lora, --data); leave it out"
+            )
     return config
 
 

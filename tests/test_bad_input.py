@@ -121,6 +121,7 @@ CASES = [  # what is broken beforehand, the command, and a word of the line that
     (text("b.safetensors"), [*NEW, "--base", "b.safetensors"], "b.safetensors"),
     (text("b.safetensors", "weights"), [*NEW, "--base", "b.safetensors"], "b.safetensors"),
     (foreign("b.safetensors"), [*NEW, "--base", "b.safetensors"], "b.safetensors"),
+    (None, [*NEW, "--seeds", "3"], "--seeds"),
     # --out
     (None, start("good"), "--overwrite"),
     (text("file"), start("file"), "file"),

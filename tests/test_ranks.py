@@ -68,7 +68,6 @@ def worker(folder, out):
         (out / f"exit{ptdpo.RANK}").write_text(str(end.code))
     if ptdpo.RANK == 0:
         torch.save(steps, out / "steps.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

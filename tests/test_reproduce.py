@@ -177,6 +177,22 @@ def test_arms_are_what_they_are_called(tmp_path, capsys):
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+def test_shared_flags_reach_every_arm(tmp_path, monkeypatch):
+    """From any folder; a long run stays three times as long."""
+    seen = {}
+    monkeypatch.setattr(
+        ptdpo, "train", lambda _, task, config, folder, **__: seen.update({folder: config})
+    )
+    monkeypatch.chdir(tmp_path)
+    common = {"steps": 4, "eval_every": 2, "eval_problems": 16}
+    for arm in ("grpo", "ptdpo_long", "qwen_ptdpo", "qwen_grpo_long"):
+        reproduce.one_run(arm, 200, tmp_path / arm, common)
+        config = seen[tmp_path / arm]
+        assert (config.eval_every, config.eval_problems, config.eval_split) == (2, 16, "test")
+        assert config.steps == (12 if "long" in arm else 4) and config.seed == 200
+        assert ("small-qwen" in config.model) == ("qwen" in arm) and config.lr == 3e-4
+
+
 def test_explain_tells_a_step(capsys):
     """Question, answers, hint, and a table of the failed answer's tokens."""
     assert ptdpo.main(["--explain"]) == 0

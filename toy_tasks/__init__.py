@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class UserError(Exception):
-    """What the user can mend: main() prints it as one line and exits with 2."""
+    """What the user can mend: printed as one line by toy_tasks/commands.py, exit code 2."""
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """The command line: flags, what they start, and how mistakes and signals end.
 
-No step of training is here: that a run resumes, or that two run side by side, is arranged here and
-done in ptdpo.py.
+No step of training is here; each run is one call of ptdpo.run, two of them in a process each.
 """
 
 import argparse
@@ -180,6 +179,8 @@ def command(argv):
     connect()
     for action in actions.keys() & given.keys():
         return actions[action](given[action])
+    if "seeds" in given:
+        raise UserError("--seeds is for --reproduce; one run has one --seed")
     if "toy" in given and "model" in given:
         raise UserError("--toy and --model: choose one")
     if not given.keys() & {"toy", "model", "resume"}:

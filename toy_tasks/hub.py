@@ -36,14 +36,16 @@ def open_model(config, dtype):
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
             super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    family = hf.AutoConfig.from_pretrained(config.model).model_type
+    ours = ptdpo.HERE / config.model  # as with the toy's bases: wherever the command is given
+    name = str(ours) if ours.exists() else config.model
+    family = hf.AutoConfig.from_pretrained(name).model_type
     if family not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         raise ValueError(f"{family} is not Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
-    processor = PictureProcessor.from_pretrained(config.model)
+    processor = PictureProcessor.from_pretrained(name)
     if config.max_pixels:
         processor.image_processor.size["longest_edge"] = config.max_pixels
     dtype = dtype if config.lora else torch.float32
-    model = hf.AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype)
+    model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     hf.AttentionInterface.register("packed", packed_attention)
     model.set_attn_implementation({"text_config": "packed"})
     if config.checkpointing:
@@ -123,7 +125,7 @@ def calibrate_layers(config, folder):
     folder.mkdir(parents=True, exist_ok=True)
     found = {"model": config.model, "seed": config.seed, "hint_regions": config.hint_regions}
     found |= {"chance": chance, "layer_recall": by_layer, "best": best}
-    (folder / "calibration.json").write_text(json.dumps(found, indent=1))
+    ptdpo.write_whole(folder / "calibration.json", json.dumps(found, indent=1).encode())
     for layer in best:
         print(f"layer {layer:2}  recall {by_layer[layer]:.3f}")
     print(f"random regions: {chance:.3f}. Written: {folder}/calibration.json")

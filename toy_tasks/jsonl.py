@@ -143,7 +143,7 @@ def extract(text):
 
 def quantity(text):
     """(value, unit) of a plain text that is one number, perhaps with a name before it, or None."""
-    mixed = re.search(r"\b(\d{1,9}) (\d{1,9})/([1-9]\d{0,8})\b", text)  # 2 1/2
+    mixed = re.search(r"(?<![\w.,/])(\d{1,9}) (\d{1,9})/([1-9]\d{0,8})\b", text)  # 2 1/2
     if mixed and int(mixed[2]) < int(mixed[3]):
         whole, a, b = map(int, mixed.groups())
         text = text.replace(mixed[0], f"{whole * b + a}/{b}")

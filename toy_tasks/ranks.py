@@ -4,7 +4,9 @@ summed up again, so that weights of tokens and metrics are those of whole steps,
 In one process `gather` and `over_ranks` give back what they got, and `own` is everything.
 """
 
+import atexit
 import os
+import sys
 
 import torch
 
@@ -12,11 +14,14 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def connect():
-    """Join the other processes, if there are any."""
+    """Join the other processes, if there are any; what is printed is the first one's."""
     if RANKS > 1 and not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
+        atexit.register(torch.distributed.destroy_process_group)  # or gloo may abort at the end
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def over_ranks(tensor, kind="SUM"):

@@ -1,7 +1,7 @@
 """Around the algorithm: curves, pictures and tables, the making of a base, and the experiments.
 
-Nothing here is needed to train. ptdpo.py calls it when a run has finished, and for --plot, --eval,
---warm-start and --reproduce.
+Nothing here is needed to train. The command line calls it when a run has finished, and for --plot,
+--eval, --explain, --warm-start and --reproduce.
 """
 
 import contextlib
@@ -562,8 +562,8 @@ def one_run(arm, seed, folder, common):
     changes = dict(ARMS[arm])
     control = changes.pop("control", None)
     if "steps" in common:  # a long run stays three times as long
-        changes["steps"] = changes.get("steps", 60) // 60 * common["steps"]
-    config = ptdpo.make_config({"eval_split": "test"} | common | changes | {"seed": seed})
+        common = common | {"steps": changes.get("steps", 60) // 60 * common["steps"]}
+    config = ptdpo.make_config({"eval_split": "test"} | changes | common | {"seed": seed})
     if control == "zero_gradient":
         config.divergence = control
     ptdpo.DIVERGENCES["zero_gradient"] = zero_gradient
@@ -645,7 +645,8 @@ def summarise(name, seeds, out, common):
     seeds = list(seeds)[: experiment.seeds]
     runs = train_arms(experiment.arms.split(), seeds, out, common)
     found = {a: [measure_run(*p) for p in zip(runs[a], runs[rival_of(a, runs)])] for a in runs}
-    commits = {json.loads(p.read_text())["commit"] for p in out.glob("runs/*/*/run.json")}
+    folders = [p for arm in runs for p in out.glob(f"runs/{arm}/*/run.json")]
+    commits = {json.loads(path.read_text())["commit"] for path in folders}
     return {
         "name": name,
         "seeds": seeds,

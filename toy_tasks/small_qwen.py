@@ -173,6 +173,7 @@ def main(folder, seed=0, steps=3000):
     warm_start(task, policy, seed, steps)
     policy.model.save_pretrained(folder)
     found = {"seed": seed, "steps": steps, "minutes": (time.time() - began) / 60}
+    found |= {"cpu_minutes": time.process_time() / 60}
     found |= {"parameters": sum(p.numel() for p in policy.parameters())}
     config = ptdpo.make_config(given | {"micro_batch": 16})
     policy, task = ptdpo.setup(config)
