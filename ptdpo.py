@@ -94,7 +94,7 @@ class Config:
     # tutoring
     distill_weight: float = knob(1.0, "lambda, weight of the distillation loss", least=0)
     distill_decay: bool = knob(False, "let lambda fall linearly to 0 over the run")
-    distill_on: str = knob("failed", "answers to distil on", "failed", "all")
+    distill_on: str = knob("failed", "answers to distil on; all: whatever tau", "failed", "all")
     tau: float = knob(1.0, "tutor groups whose solved share is below this", least=0)
     divergence: str = knob("jsd", "distance to the teacher", "jsd", "forward_kl", "reverse_kl")
     top_k: int = knob(10, "K, words of each side that the JSD sees one by one", least=1)
@@ -266,12 +266,12 @@ def read_reference(ref, rollout, config, layers):
     """
     B, R = len(rollout.prompts), max(len(ref.region_names(p)) for p in rollout.prompts)
     rollout.logp_ref = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
-    rollout.relevance = rollout.logp_ref.new_zeros(B, len(layers), R)
+    rollout.relevance = rollout.logp_ref.new_zeros(B, len(layers), R)  # mean below
     for part in rollout.mine().parts(config.micro_batch):  # its tensors are views of the rollout's
         hidden, attention = ref.forward(part.prompts, part.completion, part.mask, layers)
         tokens = (hidden[part.mask], ref.head_weight, part.completion[part.mask])
         over = {"temperature": config.temperature, "suppress_ids": ref.suppress_ids}
-        part.logp_ref[part.mask] = token_stats(*tokens, **over)[0]  # its own log-probs; see losses
+        part.logp_ref[part.mask] = token_stats(*tokens, **over)[0]  # in losses, below
         if layers:  # a part may have fewer regions than the whole: fewer pictures
             looks = attention.unflatten(1, (len(part.problems), -1)).mean(2).transpose(0, 1)
             part.relevance[..., : looks.shape[-1]] = looks
@@ -326,7 +326,7 @@ def build_hints(policy, task, rollout, config, key):
     for b, (problem, prompt) in enumerate(zip(rollout.problems, rollout.prompts)):
         names = policy.region_names(prompt)
         score = torch.rand(len(names), generator=generator(*key, b, "ties")).double() * 1e-9
-        if config.hint == "attention":
+        if config.hint == "attention":  # random: the noise alone
             score += rollout.relevance[b, : len(names)].cpu()
         elif config.hint == "votes":  # regions the answers named: is attention more than an echo?
             for g in rollout.grades[b * G : b * G + G]:
@@ -350,8 +350,8 @@ def tutor(ref, rollout, config):
     """The frozen reference re-reads failed answers: same picture, same ids, the hint in context.
 
     q_t = pi_ref(. | x, h, y_<t) for all t of y_i, where i failed and the solved share of its group
-    is below tau. Fills distill [N], those i, and teacher [N, T, H], hidden states, which are V/H
-    times smaller than logits. Nobody generates with the hint.
+    is below tau; the rest of a group comes along unused. Fills distill [N], those i, and teacher
+    [N, T, H], hidden states, V/H times smaller than logits. Nobody generates with the hint.
     """
     G, size = config.group, config.micro_batch or config.prompts
     failed = ~rollout.solved & (rollout.solved_share < config.tau).repeat_interleave(G)
@@ -359,10 +359,10 @@ def tutor(ref, rollout, config):
     rollout.teacher = ref.head_weight.new_zeros(*rollout.mask.shape, ref.head_weight.shape[1])
     groups = rollout.distill.view(-1, G).any(1).nonzero()[:, 0].tolist()
     groups = groups[own(len(groups))]
-    told = list(zip(rollout.problems, [hint.text for hint in rollout.hints], rollout.prompts))
+    asked = list(zip(rollout.problems, [hint.text for hint in rollout.hints], rollout.prompts))
     for some in (groups[i : i + size] for i in range(0, len(groups), size)):
-        tutored = [ref.encode(*told[b]) for b in some]
-        assert all(t.pixels is told[b][2].pixels for t, b in zip(tutored, some))
+        tutored = [ref.encode(*asked[b]) for b in some]
+        assert all(t.pixels is asked[b][2].pixels for t, b in zip(tutored, some))
         rows = torch.cat([torch.arange(b * G, b * G + G) for b in some])
         rollout.teacher[rows] = ref.forward(tutored, rollout.completion[rows])[0]
     over_ranks(rollout.teacher)
@@ -475,10 +475,10 @@ def token_stats(hidden, weight, targets, teacher_hidden=None, teacher_weight=Non
 
 
 class TokenStats(torch.autograd.Function):
-    """token_stats for autograd: logits are made chunk by chunk, and once more in backward."""
+    """token_stats for autograd, in chunks. Here N counts tokens, and T is the temperature."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, teacher, teacher_head, k, T, chunk, suppress, pair):
+    def forward(ctx, hidden, weight, targets, teacher, head, k, T, chunk, suppress, buckets):
         """Values, and what backward needs of them: log-sum-exp, union and slopes of each token.
 
         A chunk's logits z [c, V] are used up by masses_. So what is asked of single ids is taken
@@ -496,7 +496,7 @@ class TokenStats(torch.autograd.Function):
             z, t = buffers[:, : b - a]
             logits_(z, hidden[a:b], weight, T, suppress)
             if a < taught:
-                logits_(t, teacher[a:b], teacher_head, T, suppress)
+                logits_(t, teacher[a:b], head, T, suppress)
                 union[a:b] = torch.cat([z.topk(k)[1], t.topk(k)[1]], 1).sort(1)[0]
             ids = union[a:b].long()
             once = torch.ones_like(slopes[a:b], dtype=torch.bool)  # [c, 2K + 1], last: the rest
@@ -506,7 +506,7 @@ class TokenStats(torch.autograd.Function):
             p, norm, entropy[a:b] = masses_(z, ids, once, out=t)
             logp[a:b], lse[a:b] = target - norm, norm
             if a < taught:
-                value, slope = pair(p, q)
+                value, slope = buckets(p, q)
                 jsd[a:b] = (value * once).sum(1)
                 slopes[a:b] = slope - (p * slope * once).sum(1, keepdim=True)
         ctx.save_for_backward(hidden, weight, targets, lse, union, slopes)
@@ -532,8 +532,8 @@ class TokenStats(torch.autograd.Function):
             z = logits_(buffer[: b - a], hidden[a:b], weight, T, suppress)
             p, ids = z.sub_(lse[a:b, None]).exp_(), union[a:b].long()
             scale = g_jsd[a:b, None] * slopes[a:b] - g_logp[a:b, None]  # [c, 2K + 1]
-            head = p.gather(1, ids) * scale[:, :-1]
-            grad = p.mul_(scale[:, -1:]).scatter_(1, ids, head)  # adding to it would round
+            listed = p.gather(1, ids) * scale[:, :-1]
+            grad = p.mul_(scale[:, -1:]).scatter_(1, ids, listed)  # adding to it would round
             grad.scatter_add_(1, targets[a:b, None], g_logp[a:b, None]).index_fill_(1, suppress, 0)
             if dh is not None:
                 matmul_(dh[a:b], grad, weight, beta=0, alpha=1 / T)
@@ -558,18 +558,18 @@ def logits_(out, hidden, weight, T, suppress):
 def masses_(z, ids, once, out):
     """Masses of ids and of the rest, log-sum-exp, entropy of logits z [c, V], which are used up.
 
-    The rest is a sum of its own, as 1 - sum(head) has no right digit below 1e-7, and of blocks in
+    The rest is a sum of its own, as 1 - sum(listed) has no right digit below 1e-7, and of blocks in
     float64, as the 6e-8 that a float32 sum is off by would show in a JSD of 1e-8.
     """
     top, cut = z.amax(1, keepdim=True), z.shape[1] // 1024 * 1024
-    head = (z.gather(1, ids).double() - top).exp()
+    listed = (z.gather(1, ids).double() - top).exp()
     e = torch.exp(z.sub_(top), out=out)
     mean = 0 if out is z else z.mul_(e).sum(1, keepdim=True)  # of the teacher: not asked for
     blocks = e.scatter_(1, ids, 0)[:, :cut].reshape(len(e), cut // 1024, 1024).sum(2).double()
     rest = blocks.sum(1, keepdim=True) + e[:, cut:].sum(1, keepdim=True)
-    total = rest + (head * once[:, :-1]).sum(1, keepdim=True)
+    total = rest + (listed * once[:, :-1]).sum(1, keepdim=True)
     norm, entropy = top + total.log(), total.log() - mean / total
-    return torch.cat([head, rest], 1) / total, norm[:, 0], entropy[:, 0]
+    return torch.cat([listed, rest], 1) / total, norm[:, 0], entropy[:, 0]
 
 
 def weigh_tokens(rollout, config, distill_weight):
@@ -627,7 +627,7 @@ def update(policy, ref, optimizer, rollout, config, distill_weight):
     whole, norms, skipped = [], [], []
     learned = [p for p in policy.parameters() if p.requires_grad]
     if config.updates_per_batch > 1:  # the later updates see a policy that has moved
-        weigh_tokens(rollout, config, distill_weight)
+        weigh_tokens(rollout, config, distill_weight)  # total_loss asks for them
         with torch.no_grad():
             parts = rollout.mine().parts(config.micro_batch)
             old = [total_loss(policy, ref, part, config)[1]["logp"] for part in parts]
@@ -819,7 +819,7 @@ def train(policy, task, config, folder, resume=False):
         warnings = monitor.watch(row, chance)
         stop = over_ranks(torch.tensor(max(STOP, default=0)), "MAX").item()  # all, or none
         due = step % config.eval_every == 0 or step in (1, config.steps)
-        row |= evaluate(policy, task, held_out) if due else dict.fromkeys(state["base"])
+        row |= evaluate(policy, task, held_out) if due else dict.fromkeys(state["base"])  # or null
         log(folder / "metrics.jsonl", row | {"seconds": time.perf_counter() - began})
         if due:
             log(folder / "samples.jsonl", sample_row(policy, rollout, tokens, step))
@@ -900,10 +900,10 @@ def sample_row(policy, rollout, tokens, step):
     """The first group in full: problem, answers, where they looked, the hint, JSD of each token."""
     G, problem = len(rollout.mask) // len(rollout.problems), rollout.problems[0]
     lengths = rollout.mask[:G].sum(1).tolist()
-    ids = [answer[:n] for answer, n in zip(rollout.completion.tolist(), lengths)]
+    ids = [one[:n] for one, n in zip(rollout.completion.tolist(), lengths)]
     row = {"step": step, "index": step * len(rollout.problems), "question": problem.question}
     row |= {"answer": problem.answer, "texts": rollout.texts[:G]}
-    row |= {"tokens": [[policy.text([i]) for i in answer] for answer in ids]}
+    row |= {"tokens": [[policy.text([i]) for i in one] for one in ids]}
     row |= {"rewards": rollout.reward[:G].tolist(), "solved": rollout.solved[:G].tolist()}
     row |= {"jsd": [v[:n].tolist() for v, n in zip(tokens["jsd"], lengths)], "hint": None}
     if rollout.hints:
@@ -1139,7 +1139,7 @@ class HFPolicy(torch.nn.Module):
             uniforms, (N, P), T = uniforms.to(real.device), real.shape, uniforms.shape[1]
             seen = torch.cat([real, real.new_ones(N, T)], 1)[:, None, None]
             stop = torch.tensor(self.stop_ids, device=real.device)
-            answer, done = stop[0].repeat(N, T), torch.zeros_like(real[:, 0])
+            said, done = stop[0].repeat(N, T), torch.zeros_like(real[:, 0])
             for t in range(T):
                 with torch.autocast(real.device.type, enabled=False):
                     logits = hidden.float() @ self.head_weight.T
@@ -1148,11 +1148,11 @@ class HFPolicy(torch.nn.Module):
                 if temperature > 0:  # `<=`, lest u = 0 take a token of probability 0
                     total = (logits.double() / temperature).softmax(-1).cumsum(-1)
                     token = (total <= uniforms[:, t, None] * total[:, -1:]).sum(-1)
-                answer[:, t] = torch.where(done, answer[:, t], token)
+                said[:, t] = torch.where(done, said[:, t], token)
                 done |= torch.isin(token, stop)
                 if done.all() or t == T - 1:
-                    return answer
-                step = {"input_ids": answer[:, t, None], "attention_mask": seen[..., : P + t + 1]}
+                    return said
+                step = {"input_ids": said[:, t, None], "attention_mask": seen[..., : P + t + 1]}
                 step["position_ids"] = (start + t)[None, :, None].expand(3, -1, -1)
                 out = self.base.model(**step, past_key_values=cache, use_cache=True)
                 hidden = out.last_hidden_state[:, 0]

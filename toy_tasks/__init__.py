@@ -39,7 +39,8 @@ class Task(Protocol):
     held_out: float  # how many problems a split other than train has, perhaps math.inf
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
-        """A function of the three alone; splits (train, validation, test, ...) share no problem."""
+        """A function of the three alone; splits (train, validation, test, calibration) share no
+        problem, and those of calibration have targets: layers are ranked by them."""
 
     def grade(self, problem: Problem, text: str, finished: bool) -> Grade:
         """Grade an answer; finished is False when it ran into max_tokens."""

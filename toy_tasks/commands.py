@@ -67,6 +67,9 @@ def guard(action, *args):
     except torch.OutOfMemoryError:
         text = """the GPU is full: add --checkpointing or --lora 16, or lower --sample-batch,
             --max-tokens, --max-pixels or --micro-batch"""
+    except BrokenPipeError:  # whoever read the output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         text = f"{error.filename or 'disk'}: {error.strerror}; give a path that works, with room"
     except KeyboardInterrupt:
