@@ -54,7 +54,7 @@ from toy_tasks import Problem, UserError
 from toy_tasks.beside import Beside
 from toy_tasks.counting import Counting
 from toy_tasks.jsonl import PLACES, spoils, text_task
-from toy_tasks.ranks import RANK, RANKS, by_rank_0, gather, over_ranks, own  # of torchrun
+from toy_tasks.ranks import RANK, RANKS, by_rank_0, gather, over_ranks, own  # alone: no-ops
 
 TASKS = {"counting": Counting, "beside": Beside}
 HERE = Path(__file__).resolve().parent
@@ -86,7 +86,7 @@ class Config:
     weight_decay: float = knob(0.01, "weight decay of AdamW", least=0)
     clip_norm: float = knob(1.0, "gradients are scaled down to this norm", least=1e-6)
     max_skipped: int = knob(3, "stop after so many steps in a row that skipped an update", least=1)
-    updates_per_batch: int = knob(1, "updates a batch is split into; at 1 rho is 1", least=1)
+    updates_per_batch: int = knob(1, "updates a batch is split into; at 1 nothing clips", least=1)
     micro_batch: int = knob(0, "groups a pass, 0 = all; saves memory, changes nothing", least=0)
     policy_weight: float = knob(1.0, "weight of the policy loss, 0 = self-distillation", least=0)
     kl_weight: float = knob(0.01, "beta, weight of the KL to the reference", least=0)

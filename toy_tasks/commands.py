@@ -69,7 +69,7 @@ def guard(action, *args):
             --max-tokens, --max-pixels or --micro-batch"""
     except BrokenPipeError:  # whoever read the output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE  # a run may have ended early
     except OSError as error:
         text = f"{error.filename or 'disk'}: {error.strerror}; give a path that works, with room"
     except KeyboardInterrupt:

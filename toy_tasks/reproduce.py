@@ -374,11 +374,12 @@ for base in (1, 2):
     ARMS |= {f"grpo_base_{base}": place | {"method": "grpo"}, f"ptdpo_base_{base}": place}
 
 # The path of --model, on a CPU: all that shapes learning is as in the toy.
-small = {"model": "assets/small-qwen", "max_tokens": 16, "max_pixels": 20_000, "hint_regions": 6}
-small |= {n: getattr(ptdpo.Config, n) for n in ptdpo.MODEL_DEFAULTS.keys() - {"hint_regions"}}
-for name, changes in (("", {}), ("_long", {"steps": 180})):
-    large = small | changes
-    ARMS |= {f"qwen_grpo{name}": large | {"method": "grpo"}, f"qwen_ptdpo{name}": large}
+SMALL_QWEN = {"max_tokens": 16, "max_pixels": 20_000, "hint_regions": 6}
+qwen = {n: getattr(ptdpo.Config, n) for n in ptdpo.MODEL_DEFAULTS}
+qwen |= SMALL_QWEN | {"model": "assets/small-qwen"}
+for name, steps in (("", 60), ("_long", 180)):
+    arm = qwen | {"steps": steps}
+    ARMS |= {f"qwen_grpo{name}": arm | {"method": "grpo"}, f"qwen_ptdpo{name}": arm}
 
 USUAL = ("accuracy", "point_f1", "right_reason", "entropy", "completion_length", "hint_recall")
 GROUPS = ("groups_all_failed", "groups_mixed", "groups_all_solved")

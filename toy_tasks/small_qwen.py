@@ -38,8 +38,8 @@ PHRASES = [*ASKED, *THEN, "Look closely at:", ". Ignore the rest.", "The answer 
            "system\nYou are a helpful assistant.", "user\n", "assistant\n", "\n", ";",
            "."]  # fmt: skip
 WORDS = ["<unk>", *PLACES, *CELLS, *COLOURS, *SHAPES, *map(str, range(20))]
-HINTED = 6  # places in a hint, of nine
-RUN = dict(max_tokens=16, max_pixels=20_000, hint_regions=HINTED)  # what its runs need
+RUN = reproduce.SMALL_QWEN  # what its runs need
+HINTED = RUN["hint_regions"]  # places in a hint, of nine
 
 
 def make_tokenizer():
