@@ -1,159 +1,147 @@
-"""PTD-PO: Privileged Tutoring Distillation Policy Optimization (arXiv 2606.07000), in one file.
+"""PTD-PO (Privileged Tutoring Distillation Policy Optimization, arXiv 2606.07000) in one file.
 
-    python ptdpo.py --toy                                 GRPO and PTD-PO side by side, on a CPU
-    python ptdpo.py --toy --method ptdpo --hint random --out runs/random    one arm, one change
-    python ptdpo.py --eval runs/toy/ptdpo                 measure a run on held-out pictures
-    python ptdpo.py --model Qwen/Qwen2-VL-2B-Instruct     the same algorithm on a real model
-    python ptdpo.py --help                                every flag; --help-metrics: every number
+    python ptdpo.py --toy                               train GRPO and PTD-PO side by side on a CPU
+    python ptdpo.py --model Qwen/Qwen2-VL-2B-Instruct   train a vision-language model
+    python ptdpo.py --resume runs/toy --steps 200       go on with a run
+    python ptdpo.py --eval runs/toy/ptdpo               measure a run on held-out problems
+    python ptdpo.py --help                              all flags; --help-metrics: all metrics
 
-The file goes through one training step, from top to bottom:
+A model answers a question about a picture G times. GRPO rewards the answers that are better than
+the mean of their group, so it learns nothing from a group in which every answer failed. PTD-PO adds
+a tutor for failed answers. It reads off the model's own attention where the answers looked and
+writes a hint that does not contain the answer. A frozen copy of the model reads the hint, and then
+reads the failed answers again. Token by token, the model is pulled towards what this better
+informed copy would have said. The model itself never sees the hint.
 
-    config > policy > rollout > advantage > reference > hint > tutored teacher
-           > losses > update > metrics, monitor > evaluation > training loop > checkpoint
-           > vision-language models > start of a run
+    loss = policy loss + beta KL(pi_theta || pi_ref) + lambda JSD(p_t || q_t)
 
-Symbols: prompt x (picture and question), hint h, answer y sampled by the student;
-student p_t = pi_theta(. | x, y_<t); tutored teacher q_t = pi_ref(. | x, h, y_<t), the frozen base
-model that has read the hint and scores the *student's* answer.
+    x     prompt: pictures and a question              h     hint
+    y_i   answer i, sampled by the student             r_i   its reward
+    p_t   student pi_theta(. | x, y_<t)                A_i   its advantage
+    q_t   tutored teacher pi_ref(. | x, h, y_<t)       JSD   Jensen-Shannon divergence, in nats
 
-    loss = policy loss + beta * KL(pi_theta || pi_ref) + lambda * mean of JSD_K(p_t || q_t)
-                                                        over the tokens of failed answers
+    equation                                           function
+    A_i = (r_i - mean r) / (std r + eps)               group_advantages
+    -min(rho A, clip(rho, 1 - low, 1 + high) A)        policy_loss
+    rho (e^d - d - 1), d = log pi_ref - log pi_theta   kl_to_reference
+    JSD of two distributions, by their Top-K words     topk_jsd
+    the loss: sum of weight times value of each token  token_weights, token_losses
 
-Shapes: B prompts, G answers to each (a group), N = B*G, T answer tokens, V words, K top-k,
-H hidden width, R regions of a picture, L layers. Row b*G + g of [N, ...] is answer g to prompt b.
+Shapes: B prompts, G answers to each (a group), N = B*G answers, T tokens of an answer, V words of
+the vocabulary, K top-k, H hidden width, R regions of the pictures, L layers, n tokens of a chunk.
+Row b*G + g of a tensor [N, ...] is answer g to prompt b. A list [B] has one entry a prompt.
 
-Departures from the paper, reasons in README: 1 the model's own attention writes the spatial hint,
-2 the support is the union of both Top-K with exact values, 3 the distillation mean is over all
-failed tokens of the update, 4 the JSD has its true gradient, 5 the KL has an importance ratio and
-acts on all groups, 6 sampling without top-p.
+Departures from the paper (docs/results.md gives the reasons):
+  1. The model's own attention writes the spatial part of the hint, not a larger model.
+  2. The JSD sees the Top-K words of both sides, each with its exact probability.
+  3. The JSD is a mean over all distilled tokens of an update, not of a micro-batch.
+  4. The JSD has its true gradient. The gradient of the released default is zero.
+  5. The KL has the gradient of KL(pi_theta || pi_ref), and acts on all groups.
+  6. Answers are sampled from the whole distribution, without top-p.
+
+The file goes from the whole to its parts: train_step, then the functions that it calls, in their
+order, then evaluation, settings, the loop around the step, the Qwen models, torchrun and the
+command line.
 """
 
+import argparse
+import atexit
+import base64
 import copy
+import fcntl
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch.autograd.function import once_differentiable
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from toy_tasks import Problem, UserError
-from toy_tasks.beside import Beside
 from toy_tasks.counting import Counting
-from toy_tasks.jsonl import PLACES, spoils, text_task
-from toy_tasks.ranks import RANK, RANKS, by_rank_0, gather, over_ranks, own  # alone: no-ops
+from toy_tasks.free_text import PLACES, make_task, spoils
 
-TASKS = {"counting": Counting, "beside": Beside}
 HERE = Path(__file__).resolve().parent
 
 
-# ----------------------------------------------------------------------------------------- config
-def knob(default, text, *choices, least=None):
-    """A field of Config: its default, its help, and what it may be."""
-    return field(default=default, metadata={"help": text, "choices": choices, "least": least})
+# --------------------------------------------------------------------------------------- the step
+def train_step(policy, ref, task, optimizer, config, layers, step):
+    """One step of PTD-PO or, with `--method grpo`, of GRPO: the whole algorithm.
 
-
-@dataclass
-class Config:
-    """All that shapes a run. Every field is a flag (`--top-k 10`) and is saved with the run."""
-
-    method: str = knob("ptdpo", "grpo: reward alone; ptdpo: reward and tutoring", "grpo", "ptdpo")
-    seed: int = knob(0, "seeds prompts and sampling noise", least=0)
-    steps: int = knob(60, "training steps", least=1)
-    task: str = knob("counting", "the toy task", *TASKS)
-    base: str = knob("", "warm-started policy, also the reference; default: the task's own")
-    difficulty: float = knob(1.0, "clutter and noise of the pictures, 0 is calm", least=0)
-    # rollout
-    prompts: int = knob(16, "prompts a step (B)", least=1)
-    group: int = knob(8, "answers to each prompt (G)", least=2)
-    temperature: float = knob(1.0, "sampling temperature", least=0.01)
-    # update
-    algorithm: str = knob("grpo", "form of the policy loss", "grpo", "dapo", "gspo")
-    lr: float = knob(3e-4, "learning rate of AdamW, constant", least=0)
-    weight_decay: float = knob(0.01, "weight decay of AdamW", least=0)
-    clip_norm: float = knob(1.0, "gradients are scaled down to this norm", least=1e-6)
-    max_skipped: int = knob(3, "stop after so many steps in a row that skipped an update", least=1)
-    updates_per_batch: int = knob(1, "updates a batch is split into; at 1 nothing clips", least=1)
-    micro_batch: int = knob(0, "groups a pass, 0 = all; saves memory, changes nothing", least=0)
-    policy_weight: float = knob(1.0, "weight of the policy loss, 0 = self-distillation", least=0)
-    kl_weight: float = knob(0.01, "beta, weight of the KL to the reference", least=0)
-    kl_on: str = knob("all", "groups under the KL (authors' code: untutored)", "all", "untutored")
-    # tutoring
-    distill_weight: float = knob(1.0, "lambda, weight of the distillation loss", least=0)
-    distill_decay: bool = knob(False, "let lambda fall linearly to 0 over the run")
-    distill_on: str = knob("failed", "answers to distil on; all: whatever tau", "failed", "all")
-    tau: float = knob(1.0, "tutor groups whose solved share is below this", least=0)
-    divergence: str = knob("jsd", "distance to the teacher", "jsd", "forward_kl", "reverse_kl")
-    top_k: int = knob(10, "K, words of each side that the JSD sees one by one", least=1)
-    hint: str = knob("attention", "what picks the regions (answer: spoils, on purpose)",
-                     "attention", "votes", "oracle", "random", "answer", "none")  # fmt: skip
-    hint_parts: str = knob("both", "where to look, which steps to take", "where", "steps", "both")
-    hint_regions: int = knob(10, "M, regions in every hint, whatever the answer", least=1)
-    hint_layers: int = knob(1, "decoder layers to read, the best by calibration", least=1)
-    # measuring
-    eval_every: int = knob(5, "steps between evaluations", least=1)
-    eval_split: str = knob("validation", "held-out pictures", "validation", "test")
-    eval_problems: int = knob(256, "how many held-out pictures", least=1)
-    threads: int = knob(1, "CPU threads; another number rounds differently", least=1)
-    # vision-language models
-    model: str = knob("", "Qwen2-VL, Qwen2.5-VL or Qwen3-VL: a folder or a hub name")
-    data: str = knob("", "problems to train on, JSON lines (none: the toy, drawn large)")
-    eval_data: str = knob("", "held-out problems, JSON lines")
-    columns: str = knob("", "names in the lines: images=NAME,problem=NAME,answer=NAME,hint=NAME")
-    allow_outside: bool = knob(False, "let paths of pictures leave the folder of --data")
-    reward: str = knob("", "module:function of (problem, text) in place of the task's reward")
-    max_tokens: int = knob(512, "longest answer", least=1)
-    sample_batch: int = knob(128, "answers sampled at once: their cache has to fit", least=1)
-    max_pixels: int = knob(512 * 28 * 28, "larger pictures are shrunk, 0 = never", least=0)
-    lora: int = knob(0, "rank of adapters that learn in place of the weights", least=0)
-    train_vision: bool = knob(False, "let the vision tower learn")
-    checkpointing: bool = knob(False, "compute activations twice to save memory")
-    dtype: str = knob("auto", "precision: bfloat16 on a GPU", "auto", "bfloat16", "float32")
-
-
-# What --model changes in the defaults; with --lora the learning rate is 1e-5.
-MODEL_DEFAULTS = dict(lr=1e-6, steps=200, micro_batch=1, distill_weight=0.05, top_k=100,
-                      hint_regions=3, eval_every=10, eval_problems=128)  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------- policy
-class Policy(Protocol):
-    """All that the algorithm asks of a model. Pixels, padding, positions, caches stay behind it.
-
-    `forward` ends at hidden states: [N, T, V] logits of a large model would be gigabytes. The
-    losses multiply by the head themselves, in chunks (token_stats).
+    policy is the student, which learns. ref is the frozen base model. It is the reference of the
+    KL and, once it has read a hint, the tutored teacher. Returns the metrics of the step and, for
+    samples.jsonl, one group in full.
     """
+    # Problems and sampling noise depend on the seed and the step alone (common random numbers):
+    # both methods, and a run that was resumed, meet the same ones.
+    key = (config.seed, step)
+    problems = pose(task, "train", config.seed, step * config.prompts, config.prompts)
+    # 1. The student answers each problem G times, and the task grades the answers.
+    rollout = sample_and_grade(policy, task, problems, config.group, key)
+    # 2. Each reward is compared with the mean of its group.
+    advantages = group_advantages(rollout.rewards, config.group)
+    # 3. The frozen reference reads the answers: log-probs for the KL, and where it looked.
+    logp_ref, relevance = read_reference(ref, rollout, layers, config)
+    hints = []
+    distill = torch.zeros_like(rollout.solved)
+    teacher = [None] * len(problems)
+    if config.method == "ptdpo":
+        # 4. The regions that were looked at most become a hint.
+        hints = build_hints(ref, task, rollout, relevance, config, key)
+        # 5. The reference, with the hint in its context, reads the failed answers again.
+        distill = answers_to_distill(rollout, config)
+        teacher = tutor(ref, rollout, hints, distill, config)
+    # 6. The student learns from its rewards and from the teacher.
+    kl_on = answers_under_kl(rollout, config)
+    answers = (rollout.prompts, rollout.completion, rollout.mask)
+    batch = Batch(*answers, advantages, logp_ref, kl_on, distill, teacher)
+    tokens, grad_norm, skipped = update(policy, ref, optimizer, batch, config, step)
+    metrics = step_metrics(policy, task, rollout, hints, distill, tokens)
+    metrics |= {"grad_norm": grad_norm, "skipped": skipped}
+    return metrics, sample_row(policy, rollout, hints, relevance, tokens, config)
+
+
+# --------------------------------------------------------------------------------------- protocol
+class Policy(Protocol):
+    """What the algorithm asks of a model. Pixels, padding, positions and caches stay behind it."""
 
     stop_ids: list[int]  # tokens that end an answer
     suppress_ids: list[int]  # tokens that no answer may hold, such as those for pictures
     num_layers: int
-    head_weight: torch.Tensor  # [V, H]
+    head_weight: torch.Tensor  # [V, H], the parameter that turns hidden states into logits
+
+    def head(self) -> torch.Tensor:
+        """head_weight in the precision of matrix products: cast once, used for many chunks."""
 
     def encode(self, problem: Problem, hint: str = "", like=None):
-        """One prompt: pictures, question and, for the teacher, a hint; `like` lends its pixels."""
+        """One prompt from pictures, question and hint. `like` is a prompt to take pixels from."""
 
-    def sample(self, prompts: list, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
-        """G answers to each prompt, ids [N, T], picked by uniforms [N, T]; at 0 greedy."""
+    def sample(self, prompts: list, uniforms: torch.Tensor, greedy: bool) -> torch.Tensor:
+        """G answers to each prompt, ids [N, T], drawn by the uniform numbers [N, T]."""
 
     def forward(self, prompts: list, completion: torch.Tensor, mask=None, layers=()):
-        """Teacher-forced pass -> hidden [N, T, H], whose place t predicts token t, and what those
-        places attend to [len(layers), N, R], mean over heads and over the tokens in mask."""
+        """Read given answers (teacher forcing) -> hidden [N, T, H], attention [L, N, R].
+
+        hidden[:, t] predicts token t. attention is that of the predicting positions to the regions
+        of the pictures, a mean over heads and over the tokens in mask; None without layers.
+        """
 
     def region_names(self, prompt) -> list[str]:
-        """The R places that a hint may name: a closed vocabulary."""
+        """The R regions that a hint may name."""
 
     def text(self, ids: list[int]) -> str:
         """Ids as text."""
@@ -162,1121 +150,1769 @@ class Policy(Protocol):
         """The reference: the same weights, which never learn."""
 
 
-# ---------------------------------------------------------------------------------------- rollout
-@dataclass
-class Rollout:
-    """The groups of one step, filled from top to bottom as the step goes on."""
+class Groups:
+    """Whole groups side by side. A list has an entry a prompt [B], a tensor a row an answer [N]."""
+
+    def take(self, start, stop):
+        """The groups from start up to, and without, stop."""
+        group = len(self.mask) // len(self.prompts)
+        part = {}
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                part[name] = value[start:stop]
+            elif value is not None:
+                part[name] = value[start * group : stop * group]
+        return type(self)(**part)
+
+    def split(self, size):
+        """Micro-batches of `size` groups; 0 stands for all groups."""
+        count = len(self.prompts)
+        return [self.take(i, i + (size or count)) for i in range(0, count, size or count)]
+
+
+@dataclass(frozen=True)
+class Rollout(Groups):
+    """Sampled and graded answers."""
 
     problems: list  # [B]
-    prompts: list  # [B], encoded
+    prompts: list  # [B], as the model reads them
     completion: torch.Tensor  # ids [N, T]
-    mask: torch.Tensor  # bool [N, T], true up to and including the first stop token
-    texts: list  # [N]
-    grades: list  # [N]
-    adv: torch.Tensor = None  # [N]
-    logp_old: torch.Tensor = None  # [N, T], under the policy that sampled
-    logp_ref: torch.Tensor = None  # [N, T], under the frozen reference
-    relevance: torch.Tensor = None  # [B, R], where the answers looked
-    hints: list = None  # [B]
-    distill: torch.Tensor = None  # bool [N], answers that the teacher re-reads
-    teacher: torch.Tensor = None  # [N, T, H], hidden states of the tutored teacher
-    policy_weights: torch.Tensor = None  # [N, T], what each token weighs in each of the losses
-    kl_weights: torch.Tensor = None  # [N, T]
-    jsd_weights: torch.Tensor = None  # [N, T]
-    skipped: str = None  # what was not finite, if an update was skipped
+    mask: torch.Tensor  # bool [N, T], true up to the first stop token, which is included
+    texts: list  # [B][G]
+    grades: list  # [B][G]
+    rewards: torch.Tensor  # [N]
+    solved: torch.Tensor  # bool [N]
 
-    @property
-    def reward(self):
-        """Rewards [N]."""
-        return torch.tensor([g.reward for g in self.grades], device=self.mask.device)
-
-    @property
-    def solved(self):
-        """Solved answers, bool [N]."""
-        return torch.tensor([g.solved for g in self.grades], device=self.mask.device)
-
-    @property
     def solved_share(self):
         """Share of solved answers in each group [B]."""
-        return self.solved.view(len(self.problems), -1).float().mean(1)
-
-    def parts(self, size=0, count=1):
-        """Cut into whole groups: `size` groups a part or, at size 0, `count` parts of even size.
-
-        A field has B rows, one a prompt, or N = B*G, one an answer; it is cut accordingly. Tensors
-        of a part are views: what is written into them stands in the whole.
-        """
-        B, N, count = len(self.problems), len(self.mask), min(count, len(self.problems))
-        cuts = [*range(0, B, size), B] if size else [i * B // count for i in range(count + 1)]
-        for a, b in pairwise(cuts):
-            rows = {n: slice(a * n // B, b * n // B) for n in (B, N)}
-            yield Rollout(**{k: v if v is None else v[rows[len(v)]] for k, v in vars(self).items()})
-
-    def mine(self):
-        """The groups of this process."""
-        return list(self.parts(count=RANKS))[RANK]
+        return self.solved.view(len(self.prompts), -1).float().mean(1)
 
 
+@dataclass(frozen=True)
+class Batch(Groups):
+    """What the update needs to know of the groups of a step."""
+
+    prompts: list  # [B]
+    completion: torch.Tensor  # ids [N, T]
+    mask: torch.Tensor  # bool [N, T]
+    advantages: torch.Tensor  # [N]
+    logp_ref: torch.Tensor  # [N, T]
+    kl_on: torch.Tensor  # bool [N], answers under the KL
+    distill: torch.Tensor  # bool [N], answers that the teacher read
+    teacher: list  # [B], its hidden states at the tokens of these answers [tokens, H], or None
+    logp_old: torch.Tensor | None = None  # [N, T]; None: the policy has not moved yet
+    weights: torch.Tensor | None = None  # [N, T, 3], of policy loss, KL and JSD
+
+
+# ------------------------------------------------------------------------------- sample and grade
 def generator(*key):
-    """A random stream that depends on its key alone, not on what was drawn before it."""
+    """A random stream that depends on its key alone."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def answer(policy, task, problems, group, temperature, key, hints=None):
-    """Sample and grade `group` answers to each problem, with hints or without -> Rollout.
+def pose(task, split, seed, first, count):
+    """Problems first to first + count - 1 of a split: those of this process."""
+    with together():
+        return [task.problem(split, seed, i) for i in range(first + RANK, first + count, RANKS)]
 
-    The noise of token t of answer g to prompt b depends on (key, b, g, t) alone, so that both
-    methods, any micro-batch and a resumed run meet the same. Text is made for grading alone.
+
+def sample_and_grade(policy, task, problems, group, key, greedy=False, hints=None):
+    """Sample `group` answers to each problem, alone or with hints [B], and grade them -> Rollout.
+
+    The noise of an answer depends on key, the index of its problem and its own index in the group.
+    UserError if a grade cannot be given.
     """
-    B, hints = len(problems), hints or [""] * len(problems)
-    prompts = [policy.encode(p, h) for p, h in zip(problems, hints)]
-    streams = [generator(*key, b, g) for b in range(B)[own(B)] for g in range(group)]
-    noise = [torch.rand(task.max_tokens, generator=s, dtype=torch.double) for s in streams]
-    completion = gather(policy.sample(prompts[own(B)], torch.stack(noise), temperature), B)
-    stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=completion.device))
-    mask = stop.cumsum(1) - stop.long() == 0  # by the first stop token, never by a pad's value
-    texts = [policy.text(ids[said].tolist()) for ids, said in zip(completion, mask & ~stop)]
-    asked = [p for p in problems for _ in range(group)]
-    grades = [task.grade(*row) for row in zip(asked, texts, stop.any(1).tolist())]
-    return Rollout(problems, prompts, completion, mask, texts, grades)
+    prompts = []
+    uniforms = []
+    for b, problem in enumerate(problems):
+        prompts.append(policy.encode(problem, hints[b] if hints else ""))
+        # A stream of its own for each answer: what else is sampled in this call, and on how many
+        # processes, changes nothing.
+        for g in range(group):
+            stream = generator(*key, RANK + b * RANKS, g)
+            uniforms.append(torch.rand(task.max_tokens, generator=stream, dtype=torch.double))
+    completion = policy.sample(prompts, torch.stack(uniforms), greedy)
+    # An answer ends with its first stop token. A padding token need not differ from other tokens.
+    device = completion.device
+    stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=device))
+    mask = stop.cumsum(1) - stop.long() == 0
+    finished = stop.any(1).tolist()
+    lengths = (mask & ~stop).sum(1).tolist()
+    texts = [policy.text(ids[:n]) for ids, n in zip(completion.tolist(), lengths)]
+    with together():
+        asked = [problem for problem in problems for _ in range(group)]
+        grades = [task.grade(*answer) for answer in zip(asked, texts, finished)]
+    rewards = torch.tensor([float(grade.reward) for grade in grades], device=device)
+    solved = torch.tensor([bool(grade.solved) for grade in grades], device=device)
+    starts = range(0, len(texts), group)
+    texts = [texts[n : n + group] for n in starts]
+    grades = [grades[n : n + group] for n in starts]
+    return Rollout(problems, prompts, completion, mask, texts, grades, rewards, solved)
 
 
 # -------------------------------------------------------------------------------------- advantage
 def group_advantages(rewards, group_size):
-    """Reward relative to the group: A_i = (r_i - mean) / (std + 1e-6), sample std (paper, GRPO).
+    """Reward relative to the group: A_i = (r_i - mean) / (std + 1e-6), with the sample std.
 
-    rewards [N] -> [N]. A flat group, of equal rewards, gets exactly 0, which rounding would not
-    give: GRPO learns nothing from it. Where all failed alike, tutoring is the only signal.
+    rewards [N] -> [N]. If all rewards of a group are equal, its advantages are 0: GRPO learns
+    nothing from it. Source: the paper's GRPO objective.
     """
     r = rewards.view(-1, group_size)
-    adv = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
+    advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
+    # In a flat group, rounding can leave a difference of 1e-8 from the mean, and so can the std, by
+    # which it is divided.
     flat = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
-    return torch.where(flat, 0.0, adv).flatten()
+    return advantages.masked_fill(flat, 0.0).flatten()
 
 
-# -------------------------------------------------------------------------------------- reference
+# ------------------------------------------------------------------------ reference and attention
 @torch.no_grad()
-def read_reference(ref, rollout, config, layers):
-    """One pass of the frozen reference: log-probs for the KL and, on the way, attention.
+def read_reference(ref, rollout, layers, config):
+    """The frozen reference reads all answers once -> logp_ref [N, T], relevance [B] of [L, R].
 
-    Fills logp_ref [N, T] and relevance [B, R]: attention to region r of the rows that *predict*
-    answer tokens, mean over layers, heads, tokens and the G answers of a group. Choosing among
-    them by reward would bring in the true answer. Returns it by layer [L, B, R].
+    The relevance of a region is the attention of the positions that predict answer tokens, a mean
+    over heads, tokens and the G answers. A mean over the solved answers alone would reveal which
+    answer is right. Empty without layers.
     """
-    B, R = len(rollout.prompts), max(len(ref.region_names(p)) for p in rollout.prompts)
-    rollout.logp_ref = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
-    rollout.relevance = rollout.logp_ref.new_zeros(B, len(layers), R)  # mean below
-    for part in rollout.mine().parts(config.micro_batch):  # its tensors are views of the rollout's
+    logp_ref = []
+    relevance = []
+    for part in rollout.split(config.micro_batch):
+        # One pass gives both: the answers are known, so all of their tokens are read at once.
         hidden, attention = ref.forward(part.prompts, part.completion, part.mask, layers)
-        tokens = (hidden[part.mask], ref.head_weight, part.completion[part.mask])
-        over = {"temperature": config.temperature, "suppress_ids": ref.suppress_ids}
-        part.logp_ref[part.mask] = token_stats(*tokens, **over)[0]  # in losses, below
-        if layers:  # a part may have fewer regions than the whole: fewer pictures
-            looks = attention.unflatten(1, (len(part.problems), -1)).mean(2).transpose(0, 1)
-            part.relevance[..., : looks.shape[-1]] = looks
-    over_ranks(rollout.logp_ref)
-    by_layer = over_ranks(rollout.relevance).transpose(0, 1) if layers else None
-    rollout.relevance = by_layer.mean(0) if layers else None
-    return by_layer
+        logp_ref.append(completion_logp(ref, hidden, part))
+        if layers:
+            of_groups = attention.unflatten(1, (len(part.prompts), -1)).mean(2)  # [L, b, R]
+            relevance += of_groups.transpose(0, 1).cpu()
+    return torch.cat(logp_ref), relevance
 
 
-def recall(regions, problems):
-    """Mean share of the true targets among the regions named for each problem [B][M].
+def completion_logp(model, hidden, groups):
+    """log pi(y_t | x, y_<t) [N, T] of the answers of `groups`, from hidden [N, T, H]; 0 if padded.
 
-    None where a list is empty, or where nobody knows the targets.
+    Without gradient, and chunk by chunk, so that logits [N, T, V] never exist.
     """
-    pairs = [(set(r), set(p.targets or ())) for r, p in zip(regions, problems)]
-    if not pairs or not all(r and true for r, true in pairs):
+    head = model.head().detach()
+    targets = groups.completion[groups.mask]
+    logp = []
+    for h, target in zip(hidden[groups.mask].split(CHUNK), targets.split(CHUNK)):
+        log_p = chunk_logits(h, head, model.suppress_ids).log_softmax(-1)
+        logp.append(log_p.gather(-1, target[:, None])[:, 0])
+    return torch.zeros_like(groups.mask, dtype=torch.float32).masked_scatter(
+        groups.mask, torch.cat(logp)
+    )
+
+
+def recall(regions, targets):
+    """Share of the true targets that are among the regions; None if either is unknown or empty."""
+    if not regions or not targets:
         return None
-    return sum(len(r & true) / len(true) for r, true in pairs) / len(pairs)
+    return len(set(regions) & set(targets)) / len(set(targets))
 
 
-def calibrate(ref, task, config, scenes=32):
-    """Recall of the M regions that each layer attends to most [L], on scenes with known targets.
+def calibrate(ref, task, config):
+    """Hint recall by layer [L] on problems whose targets are known: which layer looks there?
 
-    Which layer looks where it should differs from model to model: it is found, not assumed.
+    The best layer differs from model to model. UserError if the task knows no targets.
     """
-    problems = [task.problem("calibration", config.seed, i) for i in range(scenes)]
-    key = ("calibration", config.seed)
-    rollout = answer(ref, task, problems, config.group, config.temperature, key)
-    by_layer = read_reference(ref, rollout, config, range(ref.num_layers))
-    best = by_layer.topk(min(config.hint_regions, by_layer.shape[-1])).indices.tolist()  # [L][B][M]
-    return [recall(regions, problems) for regions in best]
+    problems = pose(task, "calibration", config.seed, 0, CALIBRATION)
+    rollout = sample_and_grade(ref, task, problems, config.group, ("calibration", config.seed))
+    _, relevance = read_reference(ref, rollout, range(ref.num_layers), config)
+    rows = []
+    for problem, by_layer in zip(problems, relevance):
+        best = by_layer.topk(min(config.hint_regions, by_layer.shape[-1])).indices.tolist()
+        rows.append([recall(regions, problem.targets) for regions in best])
+    found = [mean_of_all(column) for column in zip(*rows)]
+    if not found or None in found:
+        raise UserError("layers are ranked by calibration problems: they need pictures and targets")
+    return found
 
 
 # ------------------------------------------------------------------------------------------- hint
-@dataclass
+HINTS = ("attention", "votes", "oracle", "random", "answer", "none")
+
+
+@dataclass(frozen=True)
 class Hint:
     """What the teacher may read and the student may not."""
 
-    regions: list  # M indices, in reading order; none if the text names no region
+    regions: list  # indices of the named regions, in reading order
     text: str
-    rejected: bool  # its steps failed the spoiler filter and were left out
+    rejected: bool  # its steps may give the answer away, and were left out
 
 
-def build_hints(policy, task, rollout, config, key):
-    """One hint a group: where to look (the M regions of highest score) and which steps to take.
+def build_hints(ref, task, rollout, relevance, config, key):
+    """One Hint a group: where to look (the M regions of highest score), and which steps to take.
 
-    Zero-spoiler rule: M is fixed and the regions' names are a closed vocabulary, so that the list
-    cannot state a count; the steps are the task's text and pass a filter. Only `answer`, the
-    answer-conditioned baseline, is exempt.
+    A hint must not contain the answer. Every hint names M regions, however many matter, and the
+    names are a closed vocabulary, so the list cannot state a count. The steps are the task's own
+    text and must pass `spoils`. Only `--hint answer`, a baseline, tells the answer on purpose.
     """
-    G, hints = config.group, []
-    for b, (problem, prompt) in enumerate(zip(rollout.problems, rollout.prompts)):
-        names = policy.region_names(prompt)
-        score = torch.rand(len(names), generator=generator(*key, b, "ties")).double() * 1e-9
-        if config.hint == "attention":  # random: the noise alone
-            score += rollout.relevance[b, : len(names)].cpu()
-        elif config.hint == "votes":  # regions the answers named: is attention more than an echo?
-            for g in rollout.grades[b * G : b * G + G]:
-                score[list(set(g.points))] += 1
+    hints = []
+    for b, problem in enumerate(rollout.problems):
+        names = ref.region_names(rollout.prompts[b])
+        # Tiny noise breaks ties. With `--hint random` there is nothing else.
+        noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
+        score = noise.double() * 1e-9
+        if config.hint == "attention":
+            score += relevance[b].mean(0)[: len(names)]
+        elif config.hint == "votes":
+            # How many answers name the region: is attention more than an echo of the answers?
+            for grade in rollout.grades[b]:
+                score[list(set(grade.points))] += 1
         elif config.hint == "oracle":
             score[problem.targets] += 1
         regions = sorted(score.topk(min(config.hint_regions, len(names))).indices.tolist())
-        rejected = spoils(problem.steps, problem.answer)
-        where = [names[r] for r in regions] if config.hint_parts != "steps" else []
-        steps = problem.steps if config.hint_parts != "where" and not rejected else ""
-        others = {"none": "", "answer": task.hint_text([], "", problem.answer)}
-        text = others.get(config.hint, task.hint_text(where, steps))
-        shown = regions if where and config.hint not in others else []
-        hints.append(Hint(shown, text, rejected))
+        steps = problem.steps
+        rejected = spoils(steps, problem.answer)
+        if config.hint_parts == "steps" or config.hint in ("answer", "none"):
+            regions = []
+        if config.hint_parts == "where" or rejected:
+            steps = ""
+        text = task.hint_text([names[r] for r in regions], steps)
+        if config.hint == "answer":
+            text = task.hint_text([], "", problem.answer)
+        elif config.hint == "none":
+            text = ""
+        hints.append(Hint(regions, text, rejected))
     return hints
 
 
 # -------------------------------------------------------------------------------- tutored teacher
-@torch.no_grad()
-def tutor(ref, rollout, config):
-    """The frozen reference re-reads failed answers: same picture, same ids, the hint in context.
+def answers_to_distill(rollout, config):
+    """The failed answers of groups whose solved share is below tau, bool [N]; or all answers."""
+    if config.distill_on == "all":
+        return torch.ones_like(rollout.solved)
+    below = rollout.solved_share() < config.tau
+    return ~rollout.solved & below.repeat_interleave(config.group)
 
-    q_t = pi_ref(. | x, h, y_<t) for all t of y_i, where i failed and the solved share of its group
-    is below tau; the rest of a group comes along unused. Fills distill [N], those i, and teacher
-    [N, T, H], hidden states, V/H times smaller than logits. Nobody generates with the hint.
+
+def answers_under_kl(rollout, config):
+    """The answers on which the KL acts, bool [N]: all, or as in the released code the untutored."""
+    if config.kl_on == "all":
+        return torch.ones_like(rollout.solved)
+    return (rollout.solved_share() >= config.tau).repeat_interleave(config.group)
+
+
+@torch.no_grad()
+def tutor(ref, rollout, hints, distill, config):
+    """The frozen reference reads answers again: same pictures, same ids, the hint in its context.
+
+    q_t = pi_ref(. | x, h, y_<t). Returns, by group, its hidden states at the tokens of the answers
+    in distill [tokens, H], or None. Hidden states are V/H times smaller than logits. Nothing is
+    generated: the teacher gives its opinion of the student's own words.
     """
-    G, size = config.group, config.micro_batch or config.prompts
-    failed = ~rollout.solved & (rollout.solved_share < config.tau).repeat_interleave(G)
-    rollout.distill = torch.ones_like(failed) if config.distill_on == "all" else failed
-    rollout.teacher = ref.head_weight.new_zeros(*rollout.mask.shape, ref.head_weight.shape[1])
-    groups = rollout.distill.view(-1, G).any(1).nonzero()[:, 0].tolist()
-    groups = groups[own(len(groups))]
-    asked = list(zip(rollout.problems, [hint.text for hint in rollout.hints], rollout.prompts))
-    for some in (groups[i : i + size] for i in range(0, len(groups), size)):
-        tutored = [ref.encode(*asked[b]) for b in some]
-        assert all(t.pixels is asked[b][2].pixels for t, b in zip(tutored, some))
-        rows = torch.cat([torch.arange(b * G, b * G + G) for b in some])
-        rollout.teacher[rows] = ref.forward(tutored, rollout.completion[rows])[0]
-    over_ranks(rollout.teacher)
+    G = config.group
+    teacher = [None] * len(hints)
+    tutored = distill.view(-1, G).any(1).nonzero()[:, 0]
+    if len(tutored) == 0:
+        return teacher
+    for groups in tutored.split(config.micro_batch or len(hints)):
+        prompts = []
+        rows = []
+        for b in groups.tolist():
+            like = rollout.prompts[b]
+            prompts.append(ref.encode(rollout.problems[b], hints[b].text, like))
+            rows += range(b * G, b * G + G)
+        hidden, _ = ref.forward(prompts, rollout.completion[rows])
+        wanted = rollout.mask[rows] & distill[rows, None]
+        for i, b in enumerate(groups.tolist()):
+            own = slice(i * G, i * G + G)
+            teacher[b] = hidden[own][wanted[own]]
+    return teacher
 
 
 # ----------------------------------------------------------------------------------------- losses
 CLIP = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # low, high
+FLOOR = -1e30  # stands for log 0: unlike -inf, it gives no NaN when it is multiplied by 0
 
 
-def policy_loss(logp, logp_old, adv, mask, algorithm="grpo"):
+def policy_loss(log_ratio, advantages, algorithm="grpo"):
     """Clipped loss of each token: -min(rho A, clip(rho, 1 - low, 1 + high) A) (paper, GRPO).
 
-    rho = pi_theta / pi_old; logp, logp_old [N, T], adv [N], mask bool [N, T] -> [N, T]. dapo clips
-    higher (2503.14476), *without* dynamic sampling, which drops the very groups that need a tutor.
-    gspo has one rho an answer, the geometric mean over its tokens (2507.18071). At the first update
+    log_ratio = log pi_theta - log pi_old and advantages, of one shape -> that shape. DAPO
+    (2503.14476) clips higher; its dynamic sampling, which would drop the groups that need a tutor,
+    is left out. GSPO (2507.18071) has one ratio an answer: see token_losses. At the first update
     on a batch rho is 1, and nothing is clipped.
     """
     low, high = CLIP[algorithm]
-    log_rho = (logp - logp_old).clamp(-20, 20)
-    if algorithm == "gspo":
-        log_rho = (log_rho * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-    rho, adv = log_rho.exp().expand_as(logp), adv[:, None]
-    return -torch.minimum(rho * adv, rho.clamp(1 - low, 1 + high) * adv)
+    rho = log_ratio.clamp(-20, 20).exp()
+    clipped = rho.clamp(1 - low, 1 + high)
+    return -torch.minimum(rho * advantages, clipped * advantages)
 
 
-def kl_to_ref(logp, logp_old, logp_ref):
+def kl_to_reference(logp, logp_old, logp_ref):
     """KL(pi_theta || pi_ref) of each token: rho (e^d - d - 1), d = log pi_ref - log pi_theta.
 
-    All [N, T]. The k3 estimator alone has the gradient of the *other* KL; the differentiable
-    ratio rho = pi_theta / pi_old, 1 in value at the first update, makes it the right one.
+    All of one shape. e^d - d - 1 is the k3 estimator. Alone it has the gradient of the reverse KL;
+    with the importance ratio rho = pi_theta / pi_old, 1 at first, it has the right one.
     """
     d = (logp_ref - logp).clamp(-20, 20)
-    return (logp - logp_old).clamp(-20, 20).exp() * (d.exp() - d - 1)
+    rho = (logp - logp_old).clamp(-20, 20).exp()
+    return rho * (d.exp() - d - 1)
 
 
-# A divergence on buckets takes their masses p (student) and q (teacher) and gives its summand in
-# each, never negative, and its slope, the derivative of the sum by the bucket's p.
-TINY = 1e-30  # far below any mass that counts
+def jsd(log_p, log_q):
+    """Jensen-Shannon: KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2; [..., C] -> [...].
 
-
-def js_buckets(p, q):
-    """Jensen-Shannon: (p log(p/m) + q log(q/m)) / 2 with m = (p + q) / 2; slope log(p/m) / 2.
-
-    With x = (p - q) / (p + q), p is m (1 + x) and q is m (1 - x): nothing cancels where p is near
-    q. Detaching p but not m, as the authors' code does, makes the gradient exactly 0.
+    m must not be detached. If only p is, as in the released code, the gradient is exactly zero.
     """
-    x = (p - q) / (p + q).clamp_min(TINY)
-    near = x**2 / 2 + x**4 / 12 + x**6 / 30
-    far = (torch.special.xlog1py(1 + x, x) + torch.special.xlog1py(1 - x, -x)) / 2
-    value = (p + q) / 2 * torch.where(x.abs() < 0.01, near, far)
-    return value, torch.log1p(x.clamp_min(torch.finfo(x.dtype).eps - 1)) / 2
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    p_part = log_p.exp() * (log_p - log_m)
+    q_part = log_q.exp() * (log_q - log_m)
+    return (p_part + q_part).sum(-1) / 2
 
 
-def forward_kl_buckets(p, q):
-    """KL(q || p), teacher to student; p - q is added, which sums to 0 and keeps each term >= 0."""
-    ratio = q.clamp_min(TINY) / p.clamp_min(TINY)
-    return q * ratio.log() - q + p, 1 - ratio
+def forward_kl(log_p, log_q):
+    """KL(q || p), from the teacher q to the student p; log-probabilities [..., C] -> [...]."""
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def reverse_kl_buckets(p, q):
-    """KL(p || q), student to teacher."""
-    log_ratio = (p.clamp_min(TINY) / q.clamp_min(TINY)).log()
-    return p * log_ratio - p + q, log_ratio
+def reverse_kl(log_p, log_q):
+    """KL(p || q), from the student p to the teacher q; log-probabilities [..., C] -> [...]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-DIVERGENCES = dict(jsd=js_buckets, forward_kl=forward_kl_buckets, reverse_kl=reverse_kl_buckets)
+DIVERGENCES = {"jsd": jsd, "forward_kl": forward_kl, "reverse_kl": reverse_kl}
 
 
 def topk_jsd(student_logits, teacher_logits, k, divergence="jsd"):
-    """JSD of two next-word distributions: the Top-K of both one by one, the rest in one bucket.
+    """JSD of two next-word distributions: the Top-K words of both one by one, the rest as one.
 
-    JSD(p || q) = KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2 (paper, Top-K JSD). Logits
-    [..., V] -> [...] in nats, 0 to ln 2, never above the exact JSD, exact at k >= V. The teacher's
-    Top-K belongs to the support: a word that the hint makes likely may be one that the student
-    ranks low. The gradient goes to the student alone. This is the definition, for reading and for
-    tests; training calls token_stats.
+    Logits [..., V] -> [...] in nats, from 0 to ln 2. Never above the exact JSD, and equal to it at
+    k >= V. The gradient goes to the student alone. float32 is good to 1e-6 nats: below that the
+    value is noise, and may be negative. Source: the paper's Top-K JSD; the union is departure 2.
     """
-    wide = torch.promote_types(student_logits.dtype, torch.float32)
-    p, q = student_logits.to(wide).softmax(-1), teacher_logits.detach().to(wide).softmax(-1)
-    k = min(k, p.shape[-1])
-    seen = torch.zeros_like(p, dtype=torch.bool)
-    seen = seen.scatter(-1, p.topk(k).indices, True).scatter(-1, q.topk(k).indices, True)
-    p, q = (torch.cat([x * seen, (x * ~seen).sum(-1, keepdim=True)], -1) for x in (p, q))
-    value, slope = DIVERGENCES[divergence](p.detach(), q)
-    return (value + slope * (p - p.detach())).sum(-1)  # adds 0 to the value: the gradient is slope
+    teacher_logits = teacher_logits.detach()
+    k = min(k, student_logits.shape[-1])
+    # A hint may make a word likely that the student ranks low. So the teacher's Top-K count too.
+    student_ids = student_logits.detach().topk(k).indices
+    ids = torch.cat([student_ids, teacher_logits.topk(k).indices], -1).sort(-1).values
+    repeated = torch.zeros_like(ids, dtype=torch.bool)  # words in both Top-K count once
+    repeated[..., 1:] = ids[..., 1:] == ids[..., :-1]
+    log_p = bucket_log_probs(student_logits, ids, repeated)
+    log_q = bucket_log_probs(teacher_logits, ids, repeated)
+    return DIVERGENCES[divergence](log_p, log_q)
+
+
+def bucket_log_probs(logits, ids, repeated):
+    """Log-probabilities of the words in ids [..., 2K] and of all others together [..., 2K + 1].
+
+    Without the last bucket the probabilities would not sum to 1, and the JSD would be none. It is
+    summed word by word: 1 - sum(listed) has no right digit where the rest is below 1e-7.
+    """
+    norm = logits.logsumexp(-1, keepdim=True)
+    listed = (logits.gather(-1, ids) - norm).masked_fill(repeated, FLOOR)
+    rest = logits.scatter(-1, ids, FLOOR).logsumexp(-1, keepdim=True) - norm
+    return torch.cat([listed, rest], -1).clamp_min(FLOOR)
 
 
 def entropy(logits):
-    """Entropy -sum p log p in nats; logits [..., V] -> [...]. For monitoring, never a bonus."""
+    """Entropy -sum p log p in nats; logits [..., V] -> [...]. A metric, not a bonus."""
     p = logits.softmax(-1)
     return -torch.special.xlogy(p, p).sum(-1)
 
 
-def token_stats(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, k=10,
-                temperature=1.0, chunk=256, suppress_ids=(), divergence="jsd"):  # fmt: skip
-    """Log-prob of targets, entropy, Top-K divergence of softmax(hidden @ weight.T / temperature).
+def token_weights(batch, config, distill_weight):
+    """What each token weighs in the policy loss, the KL and the JSD [N, T, 3].
 
-    hidden [N, H], weight [V, H], targets [N] -> three [N], float32 or wider. teacher_hidden [F, H]
-    is of the first F tokens; the others get 0, and cost no work of the teacher's. suppress_ids
-    have mass 0 on both sides. Gradients of log-prob and divergence reach hidden and weight.
-
-    The same as topk_jsd and entropy, without [N, V]: two buffers [chunk, V], and five products of
-    [N, H] and [H, V]. The gradient
-        d/dz_v = p_v (g_jsd (slope_c - sum_b p_b slope_b) - g_logp) + [v = target] g_logp
-    with c the bucket of v is softmax times one scalar a token, but for the ids in the union.
+    Each term of the loss is a mean, which is a sum of weight times value. The denominators are
+    those of the whole update, so micro-batches and processes change nothing:
+        policy loss and KL   1 / (N |y_i|), the mean over answers of the mean over tokens;
+                             with dapo 1 / (sum of |y_i|)
+        JSD                  1 / (number of tokens of all distilled answers)
+    When few answers fail, each of their tokens carries much of lambda.
     """
-    suppress = torch.tensor(list(suppress_ids), dtype=torch.long, device=hidden.device)
-    options = k, temperature, chunk, suppress, DIVERGENCES[divergence]
-    return TokenStats.apply(hidden, weight, targets, teacher_hidden, teacher_weight, *options)
-
-
-class TokenStats(torch.autograd.Function):
-    """token_stats for autograd, in chunks. Here N counts tokens, and T is the temperature."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, teacher, head, k, T, chunk, suppress, buckets):
-        """Values, and what backward needs of them: log-sum-exp, union and slopes of each token.
-
-        A chunk's logits z [c, V] are used up by masses_. So what is asked of single ids is taken
-        out beforehand; `once` keeps an id that both Top-K hold from being counted twice.
-        """
-        N, V, taught = len(hidden), len(weight), 0 if teacher is None else len(teacher)
-        k = min(k, V) if taught else 0
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp, entropy, jsd, lse = (hidden.new_zeros(N, dtype=wide) for _ in range(4))
-        union = targets.new_zeros(N, 2 * k, dtype=torch.int32)  # sorted, with repeats
-        slopes = hidden.new_zeros(N, 2 * k + 1, dtype=wide)  # of each bucket, less their mean
-        buffers = hidden.new_empty(2, min(chunk, N), V, dtype=wide)
-        cuts = [*range(0, taught, chunk), *range(taught, N, chunk), N]  # no chunk has both kinds
-        for a, b in pairwise(cuts):
-            z, t = buffers[:, : b - a]
-            logits_(z, hidden[a:b], weight, T, suppress)
-            if a < taught:
-                logits_(t, teacher[a:b], head, T, suppress)
-                union[a:b] = torch.cat([z.topk(k)[1], t.topk(k)[1]], 1).sort(1)[0]
-            ids = union[a:b].long()
-            once = torch.ones_like(slopes[a:b], dtype=torch.bool)  # [c, 2K + 1], last: the rest
-            once[:, 1:-1] = ids[:, 1:] != ids[:, :-1]
-            target = z.gather(1, targets[a:b, None])[:, 0].double()
-            q = masses_(t, ids, once, out=t)[0] if a < taught else None
-            p, norm, entropy[a:b] = masses_(z, ids, once, out=t)
-            logp[a:b], lse[a:b] = target - norm, norm
-            if a < taught:
-                value, slope = buckets(p, q)
-                jsd[a:b] = (value * once).sum(1)
-                slopes[a:b] = slope - (p * slope * once).sum(1, keepdim=True)
-        ctx.save_for_backward(hidden, weight, targets, lse, union, slopes)
-        ctx.constants = T, min(chunk, N), suppress, cuts
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy, jsd
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_logp, _, g_jsd):
-        """The gradient by logits z, as in token_stats, then dh = grad W / T and dW = grad' h / T.
-
-        With s_c = slope_c - sum_b p_b slope_b, saved for each id of the union and for the rest,
-            grad_v = p_v (g_jsd s_c - g_logp) + [v = target] g_logp
-        is one factor for a whole row, that of the rest; ids of the union are overwritten.
-        """
-        hidden, weight, targets, lse, union, slopes = ctx.saved_tensors
-        T, chunk, suppress, cuts = ctx.constants
-        dh = torch.empty_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
-        buffer = lse.new_empty(chunk, len(weight))
-        for a, b in pairwise(cuts):
-            z = logits_(buffer[: b - a], hidden[a:b], weight, T, suppress)
-            p, ids = z.sub_(lse[a:b, None]).exp_(), union[a:b].long()
-            scale = g_jsd[a:b, None] * slopes[a:b] - g_logp[a:b, None]  # [c, 2K + 1]
-            listed = p.gather(1, ids) * scale[:, :-1]
-            grad = p.mul_(scale[:, -1:]).scatter_(1, ids, listed)  # adding to it would round
-            grad.scatter_add_(1, targets[a:b, None], g_logp[a:b, None]).index_fill_(1, suppress, 0)
-            if dh is not None:
-                matmul_(dh[a:b], grad, weight, beta=0, alpha=1 / T)
-            if dw is not None:
-                matmul_(dw, grad.T, hidden[a:b], beta=1, alpha=1 / T)
-        return dh, dw, *[None] * 8
-
-
-def matmul_(out, a, b, **scale):
-    """out = beta out + alpha a @ b in out's precision: logits rounded to bf16 shift the JSD."""
-    if out.is_cuda and b.dtype != out.dtype:
-        return torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, out=out, **scale)
-    return out.addmm_(a.to(out.dtype), b.to(out.dtype), **scale)
-
-
-def logits_(out, hidden, weight, T, suppress):
-    """Logits into out; those of suppressed ids so low that exp gives 0, as for -inf, and no NaN."""
-    matmul_(out, hidden, weight.T, beta=0, alpha=1 / T)
-    return out.index_fill_(1, suppress, -1e30)
-
-
-def masses_(z, ids, once, out):
-    """Masses of ids and of the rest, log-sum-exp, entropy of logits z [c, V], which are used up.
-
-    The rest is a sum of its own, as 1 - sum(listed) has no right digit below 1e-7, and of blocks in
-    float64, as the 6e-8 that a float32 sum is off by would show in a JSD of 1e-8.
-    """
-    top, cut = z.amax(1, keepdim=True), z.shape[1] // 1024 * 1024
-    listed = (z.gather(1, ids).double() - top).exp()
-    e = torch.exp(z.sub_(top), out=out)
-    mean = 0 if out is z else z.mul_(e).sum(1, keepdim=True)  # of the teacher: not asked for
-    blocks = e.scatter_(1, ids, 0)[:, :cut].reshape(len(e), cut // 1024, 1024).sum(2).double()
-    rest = blocks.sum(1, keepdim=True) + e[:, cut:].sum(1, keepdim=True)
-    total = rest + (listed * once[:, :-1]).sum(1, keepdim=True)
-    norm, entropy = top + total.log(), total.log() - mean / total
-    return torch.cat([listed, rest], 1) / total, norm[:, 0], entropy[:, 0]
-
-
-def weigh_tokens(rollout, config, distill_weight):
-    """What each token of an update weighs in each loss, fixed before the first backward pass.
-
-    A mean is a sum of w[i, t] * value[i, t], all [N, T]. The denominators in w are those of the
-    whole update, so that cutting it into micro-batches, or over processes, changes nothing:
-        policy and KL   1 / (N |y_i|), the mean of the answers' means; dapo: 1 / sum_i |y_i|
-        JSD             1 / |F|, F the tokens of all answers to distil, in the whole update
-    With few failures left, |F| is small and each of their tokens carries much of lambda.
-    """
-    mask = rollout.mask.float()
-    mean = mask / mask.sum(1, keepdim=True) / len(mask)
+    mask = batch.mask.float()
+    distilled = mask * batch.distill[:, None]
+    totals = torch.stack([mask.any(1).sum(), mask.sum(), distilled.sum()])
+    answers, tokens, distilled_tokens = over_ranks(totals.float())
     if config.algorithm == "dapo":
-        mean = mask / mask.sum()
-    distill = torch.zeros_like(mask) if rollout.distill is None else mask * rollout.distill[:, None]
-    kl_on = 1
-    if config.kl_on == "untutored":  # for GRPO too: the groups that tutoring would take
-        kl_on = (rollout.solved_share >= config.tau).repeat_interleave(config.group)[:, None]
-    rollout.policy_weights = config.policy_weight * mean
-    rollout.kl_weights = config.kl_weight * mean * kl_on
-    rollout.jsd_weights = distill_weight * distill / distill.sum().clamp_min(1)
+        mean = mask / tokens
+    else:
+        mean = mask / mask.sum(1, keepdim=True) / answers
+    return torch.stack(
+        [
+            config.policy_weight * mean,
+            config.kl_weight * mean * batch.kl_on[:, None],
+            distill_weight * distilled / distilled_tokens.clamp_min(1),
+        ],
+        -1,
+    )
 
 
-def total_loss(policy, ref, part, config):
-    """policy loss + beta * KL + lambda * L_PTD over the groups of `part` (paper, objective).
+def token_losses(logits, teacher_logits, tokens, config):
+    """The loss of a chunk, a sum over its tokens, and the values of each token [n, 4].
 
-    Returns the loss, a sum of weight * value, and values of each token [N, T] by name.
+    logits [n, V]; teacher_logits [n, V], or None where nothing is distilled. tokens: columns [n]
+    of targets, advantages, logp_ref, logp_old, answer_log_ratio, and weights [n, 3]. The values
+    are log-prob, entropy, KL and JSD.
     """
-    hidden, _ = policy.forward(part.prompts, part.completion)
-    # token_stats wants the taught tokens first and no padding; `order` is the way there and back.
-    taught = part.mask & (False if part.teacher is None else part.distill[:, None])
-    order = torch.cat([m.flatten().nonzero()[:, 0] for m in (taught, part.mask & ~taught)])
-    teacher = None if part.teacher is None else part.teacher[taught]
-    student = (hidden.flatten(0, 1)[order], policy.head_weight, part.completion.flatten()[order])
-    over = {"temperature": config.temperature, "suppress_ids": policy.suppress_ids}
-    over |= {"k": config.top_k, "divergence": config.divergence}
-    stats = token_stats(*student, teacher, ref.head_weight, **over)
-    empty = torch.zeros(part.mask.numel(), device=hidden.device)
-    logp, ent, jsd = (empty.index_copy(0, order, s).view_as(part.mask) for s in stats)
-    logp_old = logp.detach() if part.logp_old is None else part.logp_old
-    gain = policy_loss(logp, logp_old, part.adv, part.mask, config.algorithm)
-    kl = kl_to_ref(logp, logp_old, part.logp_ref)
-    loss = (part.policy_weights * gain + part.kl_weights * kl + part.jsd_weights * jsd).sum()
-    return loss, {"logp": logp, "entropy": ent, "jsd": jsd, "kl": kl}
+    logp = logits.log_softmax(-1).gather(-1, tokens["targets"][:, None])[:, 0]
+    # At the first update the policy is still the one that sampled: the ratio is 1 in value, but it
+    # has a gradient, and this is the policy gradient.
+    logp_old = tokens.get("logp_old", logp.detach())
+    log_ratio = logp - logp_old
+    if config.algorithm == "gspo" and "answer_log_ratio" in tokens:
+        # GSPO: the value is the mean over the answer, the gradient goes through each token.
+        log_ratio = tokens["answer_log_ratio"] + logp - logp.detach()
+    policy = policy_loss(log_ratio, tokens["advantages"], config.algorithm)
+    kl = kl_to_reference(logp, logp_old, tokens["logp_ref"])
+    # The JSD pulls the student towards the teacher at the student's own words.
+    distance = torch.zeros_like(logp)
+    if teacher_logits is not None:
+        distance = topk_jsd(logits, teacher_logits, config.top_k, config.divergence)
+    loss = (tokens["weights"] * torch.stack([policy, kl, distance], -1)).sum()
+    values = torch.stack([logp, entropy(logits.detach()), kl, distance], -1)
+    return loss, values.detach()
 
 
 # ----------------------------------------------------------------------------------------- update
-def update(policy, ref, optimizer, rollout, config, distill_weight):
+CHUNK = 256  # tokens whose logits [n, V] exist at a time
+CLIP_NORM = 1.0  # gradients are scaled down to this norm
+
+
+def update(policy, ref, optimizer, batch, config, step):
     """Move the weights: `updates_per_batch` steps of AdamW, each on its share of the groups.
 
-    Returns values of each token [N, T] by name, and the mean norm of the gradients. An update with
-    a loss or a gradient that is not finite is skipped, and the rollout told so.
+    Returns log-prob, entropy, KL and JSD of each token by name [N, T]; the mean norm of the
+    gradients before clipping; and 0, or what was not finite, so that an update was left out.
     """
-    whole, norms, skipped = [], [], []
+    distill_weight = config.distill_weight
+    if config.distill_decay:
+        distill_weight *= 1 - (step - 1) / config.steps
+    if config.updates_per_batch > 1:
+        # After the first update the policy is no longer the one that sampled.
+        batch = replace(batch, logp_old=current_logp(policy, batch, config))
     learned = [p for p in policy.parameters() if p.requires_grad]
-    if config.updates_per_batch > 1:  # the later updates see a policy that has moved
-        weigh_tokens(rollout, config, distill_weight)  # total_loss asks for them
-        with torch.no_grad():
-            parts = rollout.mine().parts(config.micro_batch)
-            old = [total_loss(policy, ref, part, config)[1]["logp"] for part in parts]
-        rollout.logp_old = gather(torch.cat(old), len(rollout.problems))
-    for share in rollout.parts(count=config.updates_per_batch):
-        weigh_tokens(share, config, distill_weight)
-        optimizer.zero_grad()
-        values, loss = [], 0
-        for part in share.mine().parts(config.micro_batch):
-            summand, tokens = total_loss(policy, ref, part, config)
-            summand.backward()
-            loss += summand.detach()
-            values.append(torch.stack([v.detach() for v in tokens.values()], 1))  # [n, 4, T]
-        whole.append(gather(torch.cat(values), len(share.problems)))
-        for p in learned:
-            over_ranks(p.grad)
-        norms.append(torch.nn.utils.clip_grad_norm_(learned, config.clip_norm))
-        checked = dict(zip(tokens, whole[-1].unbind(1)), loss=over_ranks(loss), gradient=norms[-1])
-        broken = [name for name, v in checked.items() if not v.isfinite().all()]
-        skipped += broken
-        if not broken:
+    values = []
+    norms = []
+    skipped = 0
+    for start, stop in even_cuts(len(batch.prompts), config.updates_per_batch):
+        share = batch.take(start, stop)
+        # Micro-batches add up their gradients, so the weights are those of the whole share.
+        share = replace(share, weights=token_weights(share, config, distill_weight))
+        for part in share.split(config.micro_batch):
+            values.append(backward(policy, ref, part, config))
+        sum_gradients(learned)
+        norm = torch.nn.utils.clip_grad_norm_(learned, CLIP_NORM)
+        if norm.isfinite():
             optimizer.step()
-    rollout.skipped = next(iter(skipped), None)
-    return dict(zip(tokens, torch.cat(whole).unbind(1))), sum(n.item() for n in norms) / len(norms)
+        else:  # one such step would make every weight NaN
+            skipped = "gradient"
+        optimizer.zero_grad()  # the next rollout needs the memory
+        norms.append(norm.item())
+    names = ("logp", "entropy", "kl", "jsd")
+    tokens = dict(zip(names, torch.cat(values).unbind(-1)))
+    return tokens, mean_of_all(norms), skipped
+
+
+@torch.no_grad()
+def current_logp(policy, batch, config):
+    """Log-probs of all answer tokens under the policy as it is [N, T]."""
+    logp = []
+    for part in batch.split(config.micro_batch):
+        hidden, _ = policy.forward(part.prompts, part.completion)
+        logp.append(completion_logp(policy, hidden, part))
+    return torch.cat(logp)
+
+
+def backward(policy, ref, part, config):
+    """Add the gradient of the loss of some groups to .grad -> values of each token [N, T, 4]."""
+    hidden, _ = policy.forward(part.prompts, part.completion)
+    tokens = token_columns(policy, hidden.detach(), part, config)
+    distilled = part.distill[:, None].expand_as(part.mask)[part.mask]
+    teacher = None
+    if distilled.any():
+        teacher = torch.cat([states for states in part.teacher if states is not None])
+    # Without padding [tokens, H]. From here on the head has its own, chunk by chunk, backward pass.
+    hidden = hidden[part.mask]
+    values, grad = head_backward(policy, ref, hidden.detach(), distilled, teacher, tokens, config)
+    hidden.backward(grad.to(hidden.dtype))
+    whole = torch.zeros(*part.mask.shape, values.shape[-1], device=values.device)
+    return whole.masked_scatter(part.mask[..., None], values)
+
+
+def token_columns(policy, hidden, part, config):
+    """What token_losses needs to know of each token that is no padding, by name [tokens]."""
+    mask = part.mask
+    columns = {
+        "targets": part.completion[mask],
+        "advantages": part.advantages[:, None].expand_as(mask)[mask],
+        "logp_ref": part.logp_ref[mask],
+        "weights": part.weights[mask],
+    }
+    if part.logp_old is not None:
+        columns["logp_old"] = part.logp_old[mask]
+        if config.algorithm == "gspo":
+            # A chunk may hold a piece of an answer, so the ratio of the whole is found beforehand.
+            log_ratio = (completion_logp(policy, hidden, part) - part.logp_old) * mask
+            mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+            columns["answer_log_ratio"] = mean.expand_as(mask)[mask]
+    return columns
+
+
+def head_backward(policy, ref, hidden, distilled, teacher, tokens, config, chunk=CHUNK):
+    """The loss and its gradient, chunk by chunk -> values [tokens, 4], d loss / d hidden.
+
+    Logits of all tokens at once would fill a GPU. So a chunk gets its logits z [n, V], its loss,
+    and by autograd dz = d loss / dz. The head is linear, z = h W', hence dh = dz W and dW = dz' h,
+    which is added to the gradient of the head. hidden [tokens, H]; distilled bool [tokens]; teacher
+    [distilled tokens, H], or None; tokens: columns by name.
+    """
+    head = policy.head().detach()
+    teacher_head = ref.head().detach()
+    weight = policy.head_weight
+    if weight.requires_grad and weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    # A chunk holds distilled tokens only, or none: so no work of the teacher's is wasted.
+    other_rows = (~distilled).nonzero()[:, 0]
+    chunks = [(rows, None) for rows in other_rows.split(chunk)]
+    if teacher is not None:
+        distilled_rows = distilled.nonzero()[:, 0]
+        chunks += zip(distilled_rows.split(chunk), teacher.split(chunk))
+    values = []
+    grads = []
+    for rows, states in chunks:
+        # z is a leaf: autograd goes from the loss back to z, and no further.
+        z = chunk_logits(hidden[rows], head, policy.suppress_ids).requires_grad_()
+        teacher_z = None
+        if states is not None:
+            teacher_z = chunk_logits(states, teacher_head, policy.suppress_ids)
+        columns = {name: column[rows] for name, column in tokens.items()}
+        loss, chunk_values = token_losses(z, teacher_z, columns, config)
+        loss.backward()
+        values.append(chunk_values)
+        grads.append(product(z.grad, head))
+        if weight.requires_grad:
+            add_product(weight.grad, z.grad.T, hidden[rows])
+    # The chunks took the tokens in another order: back into that of hidden.
+    order = torch.argsort(torch.cat([rows for rows, _ in chunks]))
+    return torch.cat(values)[order], torch.cat(grads)[order]
+
+
+def chunk_logits(hidden, head, suppress_ids):
+    """Logits [n, V] from hidden [n, H] and head [V, H]; words that may not be said get FLOOR."""
+    logits = product(hidden, head.T)
+    for i in suppress_ids:
+        logits[:, i] = FLOOR
+    return logits
+
+
+def product(a, b):
+    """a @ b with a result in float32 or wider: logits rounded to bfloat16 would shift the JSD."""
+    if b.is_cuda and b.dtype == torch.bfloat16:
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
+
+
+def add_product(total, a, b):
+    """total += a @ b, on a CPU without a matrix in between."""
+    if total.is_cuda:
+        total += product(a, b)
+    else:
+        total.addmm_(a, b)
+
+
+def even_cuts(count, parts):
+    """(start, stop) of `parts` consecutive ranges of about the same size."""
+    bounds = [i * count // parts for i in range(parts + 1)]
+    return list(pairwise(bounds))
 
 
 # ---------------------------------------------------------------------------- metrics and monitor
-def mean_where(values, mask):
-    """Mean of values where mask is true, None where it never is."""
-    return values[mask].mean().item() if mask.any() else None
+METRICS = {
+    "step": "training steps so far; all other metrics of a row are over the whole step",
+    "reward": "mean reward of the sampled answers",
+    "solved": "share of sampled answers that are solved",
+    "groups_all_failed": "share of groups with no solved answer; GRPO learns nothing from them",
+    "groups_mixed": "share of groups with solved and failed answers; GRPO learns from these alone",
+    "groups_all_solved": "share of groups with solved answers only; nothing is left to learn",
+    "distilled": "share of answer tokens that are distilled; if small, each carries much of lambda",
+    "jsd": "mean Top-K JSD (or --divergence) of the distilled tokens, in nats; null if none is",
+    "kl": "mean estimate of the KL to the reference over answer tokens, in nats",
+    "entropy": "mean entropy of the policy over answer tokens, in nats",
+    "entropy_failed": "the same over failed answers; null if there are none",
+    "entropy_solved": "the same over solved answers; null if there are none",
+    "answer_entropy": "entropy summed over the tokens of an answer, mean over answers, in nats",
+    "entropy_slope": "change of entropy a step, least squares over the last 10 steps",
+    "grad_norm": "norm of the gradient before clipping, mean over the updates of the step",
+    "skipped": "0, or the name of what was not finite, so that an update was left out",
+    "completion_length": "mean tokens of an answer, its end included",
+    "hint_recall": "share of the true targets among the hinted regions, by chance M/R; or null",
+    "hints_rejected": "share of hints whose steps could give the answer away, and were left out",
+    "credit": "probability that a mistake has a higher JSD than a right token of failed answers",
+    "accuracy": "held-out problems, greedy: share solved; null between evaluations",
+    "point_f1": "held-out problems, greedy: F1 of the named regions against the targets",
+    "right_reason": "held-out problems, greedy: share solved with exactly the targets named",
+    "pass_1": "held-out problems, sampled: share of answers that are solved",
+    "pass_8": "held-out problems, sampled: share of problems solved at least once in 8 answers",
+    "ways": "how often two right answers differ: 1 as often as by uniform choice, 0 never",
+    "seconds": "wall time of the step, evaluation included",
+}
 
 
-def step_metrics(rollout, tokens, grad_norm):
-    """The whole step in numbers; with those of other functions, all that metrics.jsonl holds:
-
-    step: training steps so far; all other numbers of a row are over the whole step
-    reward: mean reward of the sampled answers
-    solved: share of sampled answers that are solved
-    groups_all_failed: share of groups without a solved answer: on 0/1 rewards GRPO learns nothing
-    groups_mixed: share of groups with solved and failed answers: on 0/1 rewards all that GRPO sees
-    groups_all_solved: share of groups with solved answers only: nothing is left to learn
-    distilled: share of answer tokens that are distilled; if small, each carries much of lambda
-    jsd: mean Top-K JSD (or --divergence) of the distilled tokens in nats; null if none is
-    kl: mean estimate of the KL to the reference over answer tokens, in nats; grows slowly
-    entropy: mean exact entropy of the policy over answer tokens, in nats
-    entropy_failed: entropy over failed answers alone; null if there are none
-    entropy_solved: entropy over solved answers alone; null if there are none
-    entropy_slope: change of entropy a step, least squares over the last 10 steps
-    grad_norm: norm of the gradient before clipping, mean over the updates of the step
-    skipped: 0, or the quantity that was not finite, so that an update was left out
-    completion_length: mean tokens of an answer, its end included
-    hint_recall: share of the true targets among the hinted regions (M of R; by chance M/R), or null
-    hints_rejected: share of hints whose steps failed the spoiler filter; should be 0
-    accuracy: held-out pictures, greedy: share solved; null between evaluations
-    point_f1: held-out pictures, greedy: F1 of the named regions against the targets
-    right_reason: held-out pictures, greedy: share solved with exactly the targets named
-    seconds: wall time of the step, evaluation included
-    """
-    mask, solved, share = rollout.mask, rollout.solved[:, None], rollout.solved_share
-    hints = rollout.hints or []
-    distilled = mask & rollout.distill[:, None] if hints else mask & False
-    return {
-        "reward": rollout.reward.mean().item(),
-        "solved": share.mean().item(),
-        "groups_all_failed": (share == 0).float().mean().item(),
-        "groups_mixed": ((share > 0) & (share < 1)).float().mean().item(),
-        "groups_all_solved": (share == 1).float().mean().item(),
-        "distilled": (distilled.sum() / mask.sum()).item(),
-        "jsd": mean_where(tokens["jsd"], distilled),
-        "kl": mean_where(tokens["kl"], mask),
-        "entropy": mean_where(tokens["entropy"], mask),
-        "entropy_failed": mean_where(tokens["entropy"], mask & ~solved),
-        "entropy_solved": mean_where(tokens["entropy"], mask & solved),
-        "grad_norm": grad_norm,
-        "skipped": rollout.skipped or 0,
-        "completion_length": mask.sum(1).float().mean().item(),
-        "hint_recall": recall([h.regions for h in hints], rollout.problems),
-        "hints_rejected": sum(h.rejected for h in hints) / len(hints) if hints else None,
+def step_metrics(policy, task, rollout, hints, distill, tokens):
+    """Metrics of a step over all processes. tokens: values of each token by name [N, T]."""
+    mask = rollout.mask
+    failed = mask & ~rollout.solved[:, None]
+    distilled = mask & distill[:, None]
+    entropy = tokens["entropy"]
+    share = rollout.solved_share()
+    metrics = {
+        "reward": mean_of_all(rollout.rewards),
+        "solved": mean_of_all(share),
+        "groups_all_failed": mean_of_all(share == 0),
+        "groups_mixed": mean_of_all((share > 0) & (share < 1)),
+        "groups_all_solved": mean_of_all(share == 1),
+        "distilled": mean_of_all(distilled[mask]),
+        "jsd": mean_of_all(tokens["jsd"][distilled]),
+        "kl": mean_of_all(tokens["kl"][mask]),
+        "entropy": mean_of_all(entropy[mask]),
+        "entropy_failed": mean_of_all(entropy[failed]),
+        "entropy_solved": mean_of_all(entropy[mask & ~failed]),
+        "answer_entropy": mean_of_all((entropy * mask).sum(1)),
+        "completion_length": mean_of_all(mask.sum(1)),
     }
+    if hints:
+        recalls = [recall(hint.regions, p.targets) for hint, p in zip(hints, rollout.problems)]
+        metrics["hint_recall"] = mean_of_all(recalls)
+        metrics["hints_rejected"] = mean_of_all([hint.rejected for hint in hints])
+    if hints and hasattr(task, "mistakes"):
+        counted = failed & distilled
+        mistakes = find_mistakes(policy, task, rollout)
+        metrics["credit"] = mean_of_all([auroc(tokens["jsd"][counted], mistakes[counted])])
+    return metrics
 
 
-METRICS = dict(re.findall(r"^    (\w+): (.+)$", step_metrics.__doc__, re.MULTILINE))
+def mean_of_all(values):
+    """Mean of numbers over all processes; None if there are none, or one of them is unknown."""
+    if not torch.is_tensor(values):
+        values = torch.tensor([math.nan if value is None else value for value in values])
+    total = over_ranks(values.double().sum()).item()
+    count = over_ranks(torch.tensor(values.numel())).item()
+    if count == 0 or not math.isfinite(total):
+        return None
+    return total / count
 
 
-@dataclass
-class Monitor:
-    """Watches the last 10 steps for signals that have died; says each cause once, with a remedy."""
+def find_mistakes(policy, task, rollout):
+    """The tokens that the task marks as mistakes, bool [N, T]."""
+    mistakes = torch.zeros_like(rollout.mask)
+    group = len(rollout.texts[0])
+    for n, length in enumerate(rollout.mask.sum(1).tolist()):
+        words = [policy.text([i]) for i in rollout.completion[n, :length].tolist()]
+        marks = task.mistakes(rollout.problems[n // group], words)
+        mistakes[n, :length] = torch.tensor(marks)
+    return mistakes
 
-    start_entropy: float | None = None
-    recent: list = field(default_factory=list)  # rows
-    said: list = field(default_factory=list)
-    skipped: int = 0  # steps in a row
 
-    def watch(self, row, chance):
-        """Add entropy_slope to the row -> new warnings. chance: recall of random regions, M/R."""
-        self.skipped = self.skipped + 1 if row["skipped"] else 0
-        if self.skipped:  # the other numbers say nothing
-            row["entropy_slope"] = None
-            return [f"{row['skipped']} is not finite, update skipped: lower --lr"]
-        self.start_entropy = self.start_entropy or row["entropy"]
-        self.recent = [*self.recent, row][-10:]
-        x = torch.arange(len(self.recent)) - (len(self.recent) - 1) / 2
-        y = torch.tensor([r["entropy"] for r in self.recent])
-        row["entropy_slope"] = ((x * y).sum() / (x * x).sum()).item() if len(y) > 1 else None
-        low = self.start_entropy / 5 if row["solved"] < 0.5 else -1
-        signs = [  # dead is what stays between two bounds
-            ("groups_mixed", 0, 0, "no mixed group, reward teaches next to nothing: raise --group"),
-            ("groups_all_solved", 1, 1, "all is solved, nothing to tutor: raise --difficulty"),
-            ("jsd", -1, 1e-4, "JSD near 0, the hint changes nothing: can the base read hints?"),
-            ("hint_recall", 0, 1.1 * chance, "hints no better than random: try --hint-layers 2"),
-            ("entropy", -1, low, "entropy collapsed, answers fail: lower --lr"),
-        ]
-        new = []
-        for name, least, most, text in signs:
-            values = [r[name] for r in self.recent]
-            dead = None not in values and all(least <= v <= most for v in values)
-            if dead and len(values) == 10 and name not in self.said:
-                new.append(f"for 10 steps {text}")
-                self.said.append(name)
-        return new
+def auroc(scores, positive):
+    """Probability that a positive scores above a negative, ties half; None if a side is empty."""
+    if positive.all() or not positive.any():
+        return None
+    gap = scores[positive][:, None] - scores[~positive]
+    return ((gap > 0).float() + (gap == 0).float() / 2).mean().item()
+
+
+def entropy_slope(rows):
+    """Least-squares slope of the entropy over rows of metrics, a step; None if it is unknown."""
+    y = [row["entropy"] for row in rows]
+    if len(y) < 2 or None in y:
+        return None
+    x = torch.arange(len(y)) - (len(y) - 1) / 2
+    return ((x * torch.tensor(y)).sum() / (x * x).sum()).item()
+
+
+def monitor(rows, first, chance):
+    """Signals that were dead in all of these rows of metrics -> lines with a remedy.
+
+    first: the row of the first step; chance: recall of random regions, M/R.
+    """
+    lowest = (first["entropy"] or 0) / 5
+    if rows[-1]["solved"] > 0.5:
+        lowest = -1  # low entropy is no collapse where answers are right
+    signals = [  # dead is what stays between two bounds
+        ("solved", 0, 0, "no answer is solved: see what was answered and expected"),
+        ("groups_mixed", 0, 0, "no group is mixed, reward teaches next to nothing: raise --group"),
+        ("groups_all_solved", 1, 1, "all is solved, nothing to tutor: raise --difficulty"),
+        ("jsd", -1, 1e-4, "JSD near 0, the hint changes nothing: can the base read hints?"),
+        ("hint_recall", 0, 1.1 * chance, "hints no better than random: try another --hint"),
+        ("entropy", -1, lowest, "entropy collapsed while answers fail: lower --lr"),
+    ]
+    lines = []
+    for name, least, most, remedy in signals:
+        values = [row.get(name) for row in rows]
+        if None not in values and least <= min(values) and max(values) <= most:
+            lines.append(f"for {len(rows)} steps {remedy}")
+    return lines
 
 
 # ------------------------------------------------------------------------------------- evaluation
-def judge(problems, grades):
-    """Held-out scores of one answer a problem; the last two None where targets are unknown."""
+CALIBRATION = 32  # problems with known targets, by which layers are ranked
+HELD_OUT = 64  # held-out problems in memory at a time
+SAMPLES = 8  # answers to a problem for pass_1, pass_8 and ways
+
+
+def held_out(task, config, count):
+    """Held-out problems of this process, in batches."""
+    count = max(RANKS, min(count, task.held_out))
+    for start, stop in even_cuts(count, max(1, count // HELD_OUT)):
+        yield pose(task, config.eval_split, 0, start, stop - start)
+
+
+def evaluate(policy, task, config, layers=()):
+    """Scores of greedy answers to held-out problems; with layers, tutored by its own attention."""
     rows = []
-    for problem, g in zip(problems, grades):
-        named, true = set(g.points or []), set(problem.targets or [])
-        f1 = 2 * len(named & true) / max(1, len(named) + len(true))
-        rows.append((float(g.solved), f1, float(g.solved and named == true)))
-    accuracy, *pointing = (sum(column) / len(rows) for column in zip(*rows))
-    known = problems[0].targets is not None and grades[0].points is not None
-    f1, right = pointing if known else (None, None)
-    return {"accuracy": accuracy, "point_f1": f1, "right_reason": right}
+    for problems in held_out(task, config, config.eval_problems):
+        hints = None
+        if layers:
+            key = ("tutored", len(rows))
+            rollout = sample_and_grade(policy, task, problems, config.group, key)
+            _, relevance = read_reference(policy, rollout, layers, config)
+            built = build_hints(policy, task, rollout, relevance, config, key)
+            hints = [hint.text for hint in built]
+        rollout = sample_and_grade(policy, task, problems, 1, ("greedy",), True, hints)
+        for problem, grades in zip(problems, rollout.grades):
+            rows.append(judge(problem, grades[0]))
+    names = ("accuracy", "point_f1", "right_reason")
+    return {name: mean_of_all(column) for name, column in zip(names, zip(*rows))}
 
 
-def evaluate(policy, task, problems, hints=None):
-    """Scores of greedy answers, with hints or alone."""
-    return judge(problems, answer(policy, task, problems, 1, 0.0, ("greedy",), hints).grades)
+def judge(problem, grade):
+    """Solved, F1 of the named points, solved with exactly the targets named; unknown is None."""
+    if grade.points is None or problem.targets is None:
+        return grade.solved, None, None
+    named = set(grade.points)
+    targets = set(problem.targets)
+    f1 = 2 * len(named & targets) / max(1, len(named) + len(targets))
+    return grade.solved, f1, grade.solved and named == targets
 
 
-# --------------------------------------------------------------------------------------- training
-LOGS = ("metrics.jsonl", "samples.jsonl")
+def evaluate_samples(policy, task, config):
+    """pass_1, pass_8 and ways, from 8 sampled answers to each of an eighth of the problems."""
+    solved = []
+    differ = []
+    by_chance = []
+    for problems in held_out(task, config, config.eval_problems // SAMPLES):
+        rollout = sample_and_grade(policy, task, problems, SAMPLES, ("sampled", len(solved)))
+        for problem, texts, grades in zip(problems, rollout.texts, rollout.grades):
+            solved.append([grade.solved for grade in grades])
+            right = [text for text, grade in zip(texts, grades) if judge(problem, grade)[2]]
+            pairs = list(combinations(right, 2))
+            if pairs and hasattr(task, "ways"):
+                differ.append(sum(a != b for a, b in pairs))
+                by_chance.append(len(pairs) * (1 - 1 / task.ways(problem)))
+    scores = {"pass_1": mean_of_all(torch.tensor(solved).float())}
+    scores["pass_8"] = mean_of_all([any(row) for row in solved])
+    expected = mean_of_all(by_chance)
+    scores["ways"] = mean_of_all(differ) / expected if expected else None
+    return scores
+
+
+# --------------------------------------------------------------------------------------- settings
+def knob(default, text, *choices, least=None):
+    """A field of Config: its default, its help, and what it may be."""
+    return field(default=default, metadata={"help": text, "choices": choices, "least": least})
+
+
+@dataclass
+class Config:
+    """Everything that shapes a run. Every field is a flag and is stored in run.json."""
+
+    method: str = knob("ptdpo", "grpo: reward alone; ptdpo: reward and tutoring", "grpo", "ptdpo")
+    seed: int = knob(0, "seeds problems and sampling noise", least=0)
+    steps: int = knob(60, "training steps", least=1)
+    base: str = knob("toy_tasks/base.safetensors", "the toy's base, which is also the reference")
+    difficulty: float = knob(1.0, "clutter and noise of the counting scenes, 0 is calm", least=0)
+    prompts: int = knob(16, "prompts a step (B)", least=1)
+    group: int = knob(8, "answers to each prompt (G)", least=2)
+    algorithm: str = knob("grpo", "form of the policy loss", "grpo", "dapo", "gspo")
+    lr: float = knob(3e-4, "learning rate of AdamW, constant", least=0)
+    updates_per_batch: int = knob(1, "updates that a batch is split into", least=1)
+    micro_batch: int = knob(0, "groups in a pass, 0: all; saves memory, changes nothing", least=0)
+    policy_weight: float = knob(1.0, "weight of the policy loss; 0: distillation alone", least=0)
+    kl_weight: float = knob(0.01, "beta, weight of the KL to the reference", least=0)
+    kl_on: str = knob("all", "groups under the KL; untutored: as released", "all", "untutored")
+    distill_weight: float = knob(1.0, "lambda, weight of the JSD", least=0)
+    distill_decay: bool = knob(False, "let lambda fall linearly to 0 over the run")
+    distill_on: str = knob("failed", "answers to distil; all: whatever tau", "failed", "all")
+    tau: float = knob(1.0, "tutor groups whose share of solved answers is below this", least=0)
+    divergence: str = knob("jsd", "distance to the teacher", *DIVERGENCES)
+    top_k: int = knob(10, "K, words of each side that the JSD sees one by one", least=1)
+    hint: str = knob("attention", "what picks the regions; answer: tells the answer", *HINTS)
+    hint_parts: str = knob("both", "where to look, which steps to take", "where", "steps", "both")
+    hint_regions: int = knob(10, "M, regions in every hint", least=1)
+    eval_every: int = knob(5, "steps between evaluations", least=1)
+    eval_split: str = knob("validation", "held-out problems", "validation", "test")
+    eval_problems: int = knob(256, "how many held-out problems", least=1)
+    save_every: int = knob(5, "steps between checkpoints", least=1)
+    threads: int = knob(1, "CPU threads; another number rounds differently", least=1)
+    # Qwen models
+    model: str = knob("", "Qwen2-VL, Qwen2.5-VL or Qwen3-VL: a folder or a hub name")
+    data: str = knob("", "problems to train on, JSON lines; none: large counting scenes")
+    eval_data: str = knob("", "held-out problems, JSON lines")
+    reward: str = knob("", "module:function of (problem, text) in place of the task's reward")
+    max_tokens: int = knob(512, "longest answer", least=1)
+    sample_batch: int = knob(128, "answers sampled at once: their cache has to fit", least=1)
+    max_pixels: int = knob(512 * 28 * 28, "larger pictures are shrunk; 0: never", least=0)
+    lora: int = knob(0, "rank of adapters that learn in place of the weights", least=0)
+    train_vision: bool = knob(False, "let the vision tower learn")
+    checkpointing: bool = knob(False, "compute activations twice to save memory")
+
+
+# What --model changes in the defaults; with --lora the learning rate is 1e-5.
+QWEN_DEFAULTS = dict(lr=1e-6, steps=200, micro_batch=1, distill_weight=0.05, top_k=100)
+QWEN_DEFAULTS |= dict(hint_regions=3, eval_every=10, eval_problems=128, save_every=50)
+
+
+def make_config(given):
+    """Config from flags by name. UserError for a wrong value, or a flag that has no effect."""
+    settings = dict(given)
+    if given.get("model"):
+        settings = QWEN_DEFAULTS | given
+        if given.get("lora") and "lr" not in given:
+            settings["lr"] = 1e-5
+    config = Config(**settings)
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        flag = "--" + f.name.replace("_", "-")
+        least = f.metadata["least"]
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value}: give {' or '.join(choices)}")
+        if least is not None and not least <= value < 2**31:
+            raise UserError(f"{flag} {value}: give at least {least}")
+    mistakes = {
+        "--lora and --train-vision: adapters sit in the decoder; choose one": (
+            config.lora and config.train_vision
+        ),
+        "--hint votes: answers in free text name no regions; take attention": (
+            config.model and config.hint == "votes"
+        ),
+        "--hint oracle: a data file does not say where to look; take attention": (
+            config.data and config.hint == "oracle"
+        ),
+        "--sample-batch: a group is sampled at once; give at least --group": (
+            config.model and config.sample_batch < config.group
+        ),
+        "--prompts: each process needs one an update; give more": (
+            config.prompts < RANKS * config.updates_per_batch
+        ),
+        "--eval-problems: each process needs one (and a calibration problem); give more": (
+            min(config.eval_problems, CALIBRATION) < RANKS
+        ),
+    }
+    for text, wrong in mistakes.items():
+        if wrong:
+            raise UserError(text)
+    return config
+
+
+# ------------------------------------------------------------------------------ the loop, and runs
 STOP = []  # signals received: the step in progress is finished and saved first
 
 
-def collect(policy, ref, task, config, layers, step):
-    """All of a step that comes before its update -> Rollout: the sections above, one by one.
+def train(policy, task, config, folder):
+    """Train a run from where it is: step, measure, log, save.
 
-    Prompts and noise depend on the seed and the number of the step alone, so both methods see the
-    same, and so does a run that is resumed.
+    A run is a folder with run.json, metrics.jsonl, samples.jsonl and checkpoint.safetensors.
+    UserError after three steps without an update, SystemExit after a signal.
     """
-    key, first = (config.seed, step), step * config.prompts
-    problems = [task.problem("train", config.seed, first + b) for b in range(config.prompts)]
-    rollout = answer(policy, task, problems, config.group, config.temperature, key)
-    rollout.adv = group_advantages(rollout.reward, config.group)
-    read_reference(ref, rollout, config, layers)
-    if config.method == "ptdpo":
-        rollout.hints = build_hints(policy, task, rollout, config, key)
-        tutor(ref, rollout, config)
-    return rollout
-
-
-def train(policy, task, config, folder, resume=False):
-    """The training loop: collect, update, measure, log, save.
-
-    All that a run leaves is in `folder`; README lists it. Raises UserError after `max_skipped`
-    steps without an update, SystemExit after a signal.
-    """
+    # The reference is the policy as it was at the start, also for a run that is resumed.
     ref = policy.frozen_copy()
     learned = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, config.lr, weight_decay=config.weight_decay)
-    count = min(config.eval_problems, task.held_out)
-    if min(config.prompts // config.updates_per_batch, count) < RANKS:
-        raise UserError(f"{RANKS} processes: each needs a prompt an update, and a held-out problem")
-    held_out = [task.problem(config.eval_split, 0, i) for i in range(count)]
-    begin = load_run if resume else start_run
-    state = begin(folder, policy, optimizer, task, config, held_out)
-    monitor, layers = Monitor(**state["monitor"]), state["layers"] * (config.method == "ptdpo")
-    quiet, steps = RANK > 0 or None, range(state["step"] + 1, config.steps + 1)
-    for step in tqdm(steps, config.method, disable=quiet):
+    fused = True if learned[0].is_cuda else None  # elsewhere it takes a copy of all weights
+    optimizer = torch.optim.AdamW(learned, config.lr, weight_decay=0.01, fused=fused)
+    run = begin(policy, task, config, folder)
+    checkpoint = folder / "checkpoint.safetensors"
+    done = load_checkpoint(checkpoint, policy, optimizer) if checkpoint.exists() else 0
+    if config.steps < done:
+        raise UserError(f"--steps {config.steps}: {folder} is at step {done}; give more")
+    write_json(folder / "run.json", run | {"config": asdict(config)})
+    rows = cut_log(folder / "metrics.jsonl", done)
+    cut_log(folder / "samples.jsonl", done)
+    for step in tqdm(range(done + 1, config.steps + 1), config.method, disable=RANK > 0 or None):
         began = time.perf_counter()
-        rollout = collect(policy, ref, task, config, layers, step)
-        decay = 1 - (step - 1) / config.steps if config.distill_decay else 1
-        distill_weight = config.distill_weight * decay
-        tokens, norm = update(policy, ref, optimizer, rollout, config, distill_weight)
-        row = {"step": step, **step_metrics(rollout, tokens, norm)}
-        chance = config.hint_regions / len(policy.region_names(rollout.prompts[0]))
-        warnings = monitor.watch(row, chance)
-        stop = over_ranks(torch.tensor(max(STOP, default=0)), "MAX").item()  # all, or none
-        due = step % config.eval_every == 0 or step in (1, config.steps)
-        row |= evaluate(policy, task, held_out) if due else dict.fromkeys(state["base"])  # or null
-        log(folder / "metrics.jsonl", row | {"seconds": time.perf_counter() - began})
-        if due:
-            log(folder / "samples.jsonl", sample_row(policy, rollout, tokens, step))
-        if due or stop:
-            sizes = {name: (folder / name).stat().st_size for name in LOGS}
-            state |= {"step": step, "monitor": asdict(monitor), "sizes": sizes}
-            write_checkpoint(folder / "checkpoint.safetensors", state, policy, optimizer)
-        report(config.method, row, warnings)
-        if monitor.skipped >= config.max_skipped:
-            raise UserError(f"{folder}: {warnings[0]}; {monitor.skipped} steps in a row, stopped")
+        row, sample = train_step(policy, ref, task, optimizer, config, run["layers"], step)
+        row["step"] = step
+        row["entropy_slope"] = entropy_slope([*rows[-9:], row])
+        if step % config.eval_every == 0 or step in (1, config.steps):
+            row |= evaluate(policy, task, config) | evaluate_samples(policy, task, config)
+            log(folder / "samples.jsonl", {"step": step, **sample})
+        row["seconds"] = time.perf_counter() - began
+        rows.append({name: row.get(name) for name in METRICS})
+        # Logs first, then the checkpoint: after a crash there may be rows too many, never too few.
+        log(folder / "metrics.jsonl", rows[-1])
+        report(config, rows, sample)
+        # A signal may have reached one process alone: all stop after the same step, or none.
+        stop = int(over_ranks(torch.tensor(max(STOP, default=0)), "MAX"))
+        if (step % config.save_every == 0 or step == config.steps or stop) and not row["skipped"]:
+            save_checkpoint(checkpoint, step, policy, optimizer)
+        if len(rows) > 2 and all(r["skipped"] for r in rows[-3:]):
+            raise UserError(f"{folder}: three steps without an update, stopped; lower --lr")
         if stop:
-            tqdm.write(f"stopped after step {step}: python ptdpo.py --resume {folder}\n", end="")
+            if RANK == 0:
+                tqdm.write(
+                    f"stopped after step {step}: python ptdpo.py --resume {folder}\n", end=""
+                )
             raise SystemExit(128 + stop)
 
 
-def provenance():
-    """Which code ran: versions and commit, None without git or outside of a checkout."""
-    ask = {"shell": True, "cwd": HERE, "capture_output": True, "text": True}
-    commit = subprocess.run("git rev-parse HEAD", **ask).stdout.strip() or None
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    return {"commit": commit, "versions": versions}
+def begin(policy, task, config, folder):
+    """run.json of a run. At the first start it is completed by what is measured on the base.
 
-
-def start_run(folder, policy, optimizer, task, config, held_out):
-    """Begin a run: choose layers to read, measure the base -> state of step 0.
-
-    run.json is written last: where it is, there is a checkpoint to resume from.
+    UserError if the base is another one than the run began with.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    by_layer = calibrate(policy, task, config)
-    best = sorted(range(len(by_layer)), key=lambda i: -by_layer[i])
-    state = {"step": 0, "config": asdict(config), "monitor": asdict(Monitor()), **provenance()}
-    state |= {"layers": best[: config.hint_layers], "layer_recall": by_layer}
-    state |= {"base": evaluate(policy, task, held_out), "sizes": dict.fromkeys(LOGS, 0)}
-    state |= {"reference": checksum(dict(policy.named_parameters()))}
-    by_rank_0(Path.unlink)(folder / "run.json", True)
-    cut_logs(folder, state["sizes"])
-    write_checkpoint(folder / "checkpoint.safetensors", state, policy, optimizer)
-    write_whole(folder / "run.json", json.dumps(state, indent=1).encode())
-    return state
-
-
-def load_run(folder, policy, optimizer, task, config, _held_out):
-    """Go on with a run from its checkpoint; rows that were logged after it are cut off.
-
-    So a step that is done again is logged once. UserError if base or logs are not the run's own.
-    """
-    reference = checksum(dict(policy.named_parameters()))
-    state = read_checkpoint(folder / "checkpoint.safetensors", policy, optimizer)
-    if state["reference"] != reference:
-        base = config.model or config.base or task.base
+    run = read_run(folder)
+    reference = fingerprint(policy)
+    if run.get("reference", reference) != reference:
+        base = config.model or config.base
         raise UserError(f"{base}: not the base that {folder} began with; put that one back")
-    if any((folder / name).stat().st_size < state["sizes"][name] for name in LOGS):
-        raise UserError(f"{folder}: logs shorter than at the checkpoint; use another copy")
-    cut_logs(folder, state["sizes"])
-    return state | {"config": asdict(config)}  # --steps may have changed
+    if "base" not in run:
+        run |= {"reference": reference, "layers": [], "teacher": None}
+        run["base"] = evaluate(policy, task, config)
+        if config.method == "ptdpo" and config.hint == "attention":
+            run["layer_recall"] = calibrate(policy, task, config)
+            run["layers"] = [run["layer_recall"].index(max(run["layer_recall"]))]
+            run["teacher"] = evaluate(policy, task, config, run["layers"])
+    return run
 
 
-@by_rank_0
-def cut_logs(folder, sizes):
-    """Make the logs as long as they were at a checkpoint; new ones are begun."""
-    for name in LOGS:
-        (folder / name).touch()
-        os.truncate(folder / name, sizes[name])
-
-
-@by_rank_0
-def log(path, row):
-    """Append a row to a JSONL file, null for what is not finite, and see it on the disk."""
-    row = json.loads(json.dumps(row), parse_constant=lambda _: None)
-    with open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sample_row(policy, rollout, tokens, step):
-    """The first group in full: problem, answers, where they looked, the hint, JSD of each token."""
-    G, problem = len(rollout.mask) // len(rollout.problems), rollout.problems[0]
-    lengths = rollout.mask[:G].sum(1).tolist()
-    ids = [one[:n] for one, n in zip(rollout.completion.tolist(), lengths)]
-    row = {"step": step, "index": step * len(rollout.problems), "question": problem.question}
-    row |= {"answer": problem.answer, "texts": rollout.texts[:G]}
-    row |= {"tokens": [[policy.text([i]) for i in one] for one in ids]}
-    row |= {"rewards": rollout.reward[:G].tolist(), "solved": rollout.solved[:G].tolist()}
-    row |= {"jsd": [v[:n].tolist() for v, n in zip(tokens["jsd"], lengths)], "hint": None}
-    if rollout.hints:
-        looks = rollout.relevance[0, : len(policy.region_names(rollout.prompts[0]))]
-        row |= {"hint": asdict(rollout.hints[0]), "relevance": looks.tolist()}
-    return row
-
-
-@by_rank_0
-def report(method, row, warnings):
-    """Rows with an evaluation, and warnings, for the terminal.
-
-    A line and its end are written at once: both methods may share the terminal.
-    """
-    lines = [f"warning: {text}" for text in warnings]
-    if row["accuracy"] is not None:
-        names = ("reward", "accuracy", "point_f1", "entropy", "groups_all_failed", "jsd")
-        lines = ["  ".join(f"{n} {row[n]:.3f}" for n in names if row[n] is not None), *lines]
-    for line in lines:
-        tqdm.write(f"{method:6} step {row['step']:4}  {line}\n", end="")
-
-
-# ------------------------------------------------------------------------------------- checkpoint
-# One safetensors file holds all that a run goes on from: names and shapes say which model it fits,
-# the checksum that it is whole. It is loaded in place, into tensors that policy and AdamW own.
-def checksum(tensors, text=""):
-    """SHA-256 of a state and its tensors, names and shapes included."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def fingerprint(policy):
+    """SHA-256 of up to 65,536 values of each weight, evenly spread."""
+    digest = hashlib.sha256()
+    for name, p in policy.named_parameters():
+        values = p.detach().flatten()[:: max(1, p.numel() // 65536)].float()
+        digest.update(name.encode() + values.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-@by_rank_0
-def write_whole(path, data):
-    """Written aside, synced, renamed: whenever the process dies, one whole file is in place."""
-    aside = path.with_suffix(".tmp")
-    with open(aside, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+def sync(path):
+    """See a file, or the entries of a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_whole(path, write):
+    """Write aside, sync, rename: whenever the process dies, one whole file is in place."""
+    if RANK == 0:
+        aside = path.with_suffix(".tmp")
+        write(aside)
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
+
+
+def write_json(path, value):
+    """The same for JSON."""
+    write_whole(path, lambda aside: aside.write_text(json.dumps(value, indent=1)))
+
+
+def log(path, row):
+    """Append a row to a JSONL file."""
+    if RANK == 0:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        sync(path)
+
+
+def cut_log(path, done):
+    """Rows up to step `done`. Later ones, which will be made again, and a torn line are dropped."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [row for row in rows if row["step"] <= done]
+    write_whole(path, lambda aside: aside.write_text("".join(json.dumps(r) + "\n" for r in rows)))
+    return rows
 
 
 def live_tensors(policy, optimizer):
-    """All tensors of a checkpoint by name, not copies: what learns and, if given, AdamW's moments.
+    """The tensors of a checkpoint by name, not copies: what learns and the moments of AdamW.
 
-    AdamW makes its state at its first step; here it is begun at 0, to have a place to load into.
+    AdamW makes its moments at its first step. Here they begin at 0, to be loaded into.
     """
-    learned = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    live = {f"policy.{name}": p.detach() for name, p in learned.items()}
-    for name, p in learned.items() if optimizer else ():
-        moments = {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = optimizer.state[p] or {"step": torch.zeros(()), **moments}
-        live |= {f"{kind}.{name}": v for kind, v in optimizer.state[p].items()}
-    return live
+    tensors = {}
+    for name, p in policy.named_parameters():
+        if p.requires_grad:
+            tensors[f"policy.{name}"] = p.detach()
+        if p.requires_grad and optimizer:
+            if not optimizer.state[p]:
+                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            tensors |= {f"{kind}.{name}": value for kind, value in optimizer.state[p].items()}
+    return tensors
 
 
-@by_rank_0
-def write_checkpoint(path, state, policy, optimizer=None):
-    """One file: weights, state of AdamW, `state` as JSON, a checksum. Nothing is pickled."""
-    tensors, text = live_tensors(policy, optimizer), json.dumps(state)
-    if not all(t.isfinite().all() for t in tensors.values()):
-        raise UserError(f"{path}: left as it is, weights are no longer finite; lower --lr")
-    write_whole(path, save(tensors, {"state": text, "checksum": checksum(tensors, text)}))
+def save_checkpoint(path, step, policy, optimizer=None):
+    """One safetensors file of weights, moments and the step. Nothing is pickled."""
+    tensors = live_tensors(policy, optimizer)
+    write_whole(path, lambda aside: save_file(tensors, aside, {"step": str(step)}))
 
 
-def open_checkpoint(path):
-    """What write_checkpoint wrote -> state, tensors. UserError if missing, foreign or damaged."""
+def load_checkpoint(path, policy, optimizer=None):
+    """Load a checkpoint -> its step. UserError if it is missing, foreign or of another model."""
+    live = live_tensors(policy, optimizer)
     try:
-        with safe_open(path, "pt") as f:
-            text, expected = ((f.metadata() or {})[name] for name in ("state", "checksum"))
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, OSError, KeyError) as error:
-        why = f"no checkpoint of this program ({error})"
-        raise UserError(f"{path}: {why}; give another, or start a run with --toy") from None
-    if checksum(tensors, text) != expected:
-        raise UserError(f"{path}: damaged, its checksum differs; use another copy")
-    return json.loads(text), tensors
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            # Everything is compared before anything is loaded.
+            for name in live.keys() | {name for name in shapes if name.startswith("policy.")}:
+                if name not in live or shapes.get(name) != list(live[name].shape):
+                    raise UserError(f"{path}: {name} does not fit this model; give its own file")
+            for name, tensor in live.items():
+                tensor.copy_(file.get_tensor(name))
+            return int((file.metadata() or {}).get("step", 0))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: no checkpoint ({error}); give another, or start anew") from None
 
 
-def read_checkpoint(path, policy, optimizer=None):
-    """Load a checkpoint -> state. UserError if it does not fit; nothing is loaded by half."""
-    state, tensors = open_checkpoint(path)
-    live, nothing = live_tensors(policy, optimizer), torch.empty(0)
-    for name in live.keys() | {n for n in tensors if n.startswith("policy.")}:
-        new, old = live.get(name, nothing), tensors.get(name, nothing)
-        if (new.shape, new.dtype) != (old.shape, old.dtype):
-            raise UserError(f"{path}: {name} does not fit this model; is it another version's?")
-    for name, tensor in live.items():
-        tensor.copy_(tensors[name])
-    return state
+def sample_row(policy, rollout, hints, relevance, tokens, config):
+    """One group in full: problem, answers, hint, where they looked, JSD of each token."""
+    problem = rollout.problems[0]
+    group = len(rollout.texts[0])
+    lengths = rollout.mask[:group].sum(1).tolist()
+    ids = [row[:length] for row, length in zip(rollout.completion.tolist(), lengths)]
+    row = {"question": problem.question, "answer": problem.answer, "texts": rollout.texts[0]}
+    row["tokens"] = [[policy.text([i]) for i in answer] for answer in ids]
+    row["jsd"] = [values[:length].tolist() for values, length in zip(tokens["jsd"], lengths)]
+    row["rewards"] = [grade.reward for grade in rollout.grades[0]]
+    row["solved"] = [grade.solved for grade in rollout.grades[0]]
+    row["hint"] = asdict(hints[0]) if hints else None
+    row["relevance"] = relevance[0].mean(0).tolist() if relevance else None
+    row["chance"] = config.hint_regions / max(1, len(policy.region_names(rollout.prompts[0])))
+    row["pictures"] = [thumbnail(picture) for picture in problem.images[:1]]
+    return row
 
 
-# ------------------------------------------------------------------------- vision-language models
+def thumbnail(picture):
+    """A small copy of a picture, as PNG in base64."""
+    small = picture.copy()
+    small.thumbnail((336, 336))
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def report(config, rows, sample):
+    """Print the last row if it was evaluated, and every ten steps warnings.
+
+    A line and its end are written at once: two runs may share the terminal.
+    """
+    row = rows[-1]
+    lines = []
+    if row["accuracy"] is not None:
+        names = ("reward", "accuracy", "point_f1", "entropy", "groups_all_failed", "jsd")
+        lines.append("  ".join(f"{n} {row[n]:.3f}" for n in names if row[n] is not None))
+    if row["skipped"]:
+        lines.append(f"warning: {row['skipped']} is not finite, update left out: lower --lr")
+    elif len(rows) % 10 == 0:
+        lines += [f"warning: {line}" for line in monitor(rows[-10:], rows[0], sample["chance"])]
+    if row["solved"] == 0 and len(rows) % 10 == 0:
+        lines.append(f"answered {sample['texts'][0][-200:]!r}, expected {sample['answer']!r}")
+    for line in lines if RANK == 0 else ():
+        tqdm.write(f"{config.method:6} step {row['step']:4}  {line}\n", end="")
+
+
+@contextmanager
+def locked(folder):
+    """Hold a run for this process, until it ends. UserError if another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process trains it; wait, or change --out") from None
+        yield
+
+
+def create_run(config, folder, overwrite):
+    """Make the folder of a run: its settings, and nothing trained yet."""
+    with locked(folder):
+        if (folder / "run.json").exists() and not overwrite:
+            raise UserError(f"{folder} holds a run: --resume it, --overwrite it, or change --out")
+        for name in ("checkpoint.safetensors", "metrics.jsonl", "samples.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        run = {"config": asdict(config), "commit": commit, "versions": versions}
+        write_json(folder / "run.json", run)
+
+
+def runs_in(folder):
+    """The run in a folder, or the runs one level below it."""
+    found = sorted([*folder.glob("run.json"), *folder.glob("*/run.json")])
+    if not found:
+        raise UserError(f"{folder}: no run in it; start one with --toy --out {folder}")
+    return [path.parent for path in found]
+
+
+def read_run(folder):
+    """run.json of a run. UserError if it is torn, or of another version."""
+    path = folder / "run.json"
+    try:
+        run = json.loads(path.read_text())
+        odd = run["config"].keys() ^ vars(Config()).keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: missing or torn; use another copy, or start again") from None
+    if odd:
+        raise UserError(
+            f"{path}: of another version, see {min(odd)}; use commit {run.get('commit')}"
+        )
+    return run
+
+
+def make_task_of(config):
+    """The task of a run. UserError if its data are bad."""
+    if not config.model:
+        return Counting(config.difficulty)
+    data = (config.data, config.eval_data)
+    return make_task(config.max_tokens, config.difficulty, config.reward, *data)
+
+
+def load_policy(config, task):
+    """The policy of a run at its start: a Qwen model, or the base of the toy."""
+    torch.set_num_threads(config.threads)
+    if config.model:
+        return HFPolicy(config)
+    policy = task.new_policy(config.seed)
+    base = Path(config.base)
+    load_checkpoint(base if base.exists() else HERE / base, policy)
+    return policy
+
+
+def run(folder, task=None, steps=None):
+    """Train the run in a folder from where it is. A signal lets it finish its step and save."""
+    STOP.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: STOP.append(n))
+    with ExitStack() as stack:
+        with together():
+            if RANK == 0:
+                stack.enter_context(locked(folder))
+            config = Config(**read_run(folder)["config"])
+            config.steps = steps or config.steps
+            task = task or make_task_of(config)
+            policy = load_policy(config, task)
+        train(policy, task, config, folder)
+
+
+# -------------------------------------------------------------------------------- the Qwen models
 @dataclass
 class HFPrompt:
     """One encoded prompt. With and without a hint, it shares the tensors of its pictures."""
 
     ids: list
     pixels: torch.Tensor | None  # [patches of all pictures, values of a patch]
-    grid: torch.Tensor | None  # [pictures, 3]: frames, rows, columns of patches
+    grid: torch.Tensor | None  # [pictures, 3]: frames, rows and columns of patches
 
 
 class HFPolicy(torch.nn.Module):
-    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL behind the `Policy` protocol.
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL behind the Policy protocol.
 
-    Without adapters the weights are float32 and computed with in `dtype` (autocast): steps of 1e-6
-    would be lost in bfloat16 weights. With adapters only those are float32; the base is frozen.
+    Without adapters the weights are float32 and matrix products run in `dtype` (autocast): steps
+    of 1e-6 would be lost in bfloat16 weights. With adapters only these are float32.
     """
 
     def __init__(self, config):
-        """Load --model."""
-        from toy_tasks.hub import load_model
-
+        """Load --model. UserError if that fails."""
         super().__init__()
-        self.processor, self.model, self.dtype = load_model(config)
-        self.lora, self.frozen = config.lora > 0, False
-        self.checkpointing, self.sample_batch = config.checkpointing, config.sample_batch
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.processor, self.model = load_model(config, self.dtype)
+        self.model.to(device).eval()
+        self.base = self.model.get_base_model() if config.lora else self.model
+        self.frozen = False
+        self.config = config
         settings = self.base.config
         self.num_layers = settings.text_config.num_hidden_layers
-        self.merge = settings.vision_config.spatial_merge_size
-        self.image_id, video_id = settings.image_token_id, settings.video_token_id
-        self.suppress_ids = [self.image_id, video_id]
-        # An answer may end with the end of a turn or of a text; the first fills up what follows.
+        self.merge = settings.vision_config.spatial_merge_size  # patches along an image token
+        self.image_id = settings.image_token_id
+        self.suppress_ids = [self.image_id, settings.video_token_id]
+        # An answer ends with the end of a turn or of a text. The first of them is the padding, too.
         ends = self.base.generation_config.eos_token_id or []
         ends = ends if isinstance(ends, list) else [ends]
         self.stop_ids = list(dict.fromkeys([self.processor.tokenizer.eos_token_id, *ends]))
-        # Logits are float32 in sampling and in the losses: a bfloat16 head would give log-probs of
-        # two digits. Frozen under adapters, it is held in float32 as well.
-        self.head = self.base.lm_head.weight.detach().float() if self.lora else None
-
-    @property
-    def base(self):
-        """The model of transformers, with the adapters inside its layers, if any."""
-        return self.model.get_base_model() if self.lora else self.model
 
     @property
     def head_weight(self):
-        """The language head [V, H] in float32."""
-        return self.head if self.lora else self.model.lm_head.weight
+        """The language head [V, H]."""
+        return self.base.lm_head.weight
+
+    def head(self):
+        """The head in the precision of matrix products."""
+        return self.head_weight.to(self.dtype)
 
     def text(self, ids):
         """Ids as text, without special tokens."""
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
     def frozen_copy(self):
-        """The reference. With adapters: this very model with them off, no second set of weights."""
-        ref = copy.copy(self)  # shares tokenizer and settings
-        ref._modules, ref.frozen = dict(self._modules), True
-        if not self.lora:
-            ref.model = copy.deepcopy(self.model).requires_grad_(False)
-            for module in ref.model.model.modules():
-                if isinstance(module, torch.nn.Linear):  # autocast would round it at every call
+        """The reference. With adapters it is this very model with the adapters off."""
+        ref = copy.copy(self)
+        ref._modules = dict(self._modules)
+        ref.frozen = True
+        if not self.config.lora:
+            ref.base = ref.model = copy.deepcopy(self.model).requires_grad_(False)
+            for module in ref.base.model.modules():
+                if isinstance(module, torch.nn.Linear):  # or autocast would round it at every call
                     module.to(self.dtype)
         return ref
 
     @contextmanager
     def running(self):
-        """Around a pass: precision, adapters off in the reference, checkpointing for gradients."""
+        """Around a pass: precision; adapters off in the reference; checkpointing for gradients."""
         with ExitStack() as stack:
-            if self.frozen and self.lora:
+            if self.frozen and self.config.lora:
                 stack.enter_context(self.model.disable_adapter())
             if self.dtype != torch.float32:
-                stack.enter_context(torch.autocast(self.base.device.type, self.dtype))
-            if self.checkpointing:  # in training mode it drops the cache, which sampling needs
+                stack.enter_context(torch.autocast("cuda", self.dtype))
+            if self.config.checkpointing:  # in training mode there is no cache, so none in sampling
                 self.model.train(torch.is_grad_enabled())
             yield
 
     def encode(self, problem, hint="", like=None):
-        """Pictures, question, hint -> HFPrompt by the chat template. `like` lends its pixels."""
-        content = [{"type": "image"} for _ in problem.images]
-        content.append({"type": "text", "text": f"{problem.question}\n\n{hint}".strip()})
+        """Pictures, question and hint -> HFPrompt, by the chat template.
+
+        Pictures stand where the question says <image>, or else come first.
+        """
+        parts = f"{problem.question}\n\n{hint}".strip().split("<image>")
+        if len(parts) == 1:
+            parts = [""] * len(problem.images) + parts
+        content = []
+        for i, part in enumerate(parts):
+            if i > 0:
+                content.append({"type": "image"})
+            if part:
+                content.append({"type": "text", "text": part})
         message = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(message, add_generation_prompt=True)
-        pixels, grid = (like.pixels, like.grid) if like else (None, None)
-        if not like and problem.images:
-            seen = self.processor.image_processor(images=problem.images, return_tensors="pt")
-            pixels, grid = seen["pixel_values"], seen["image_grid_thw"]
-        # The template marks each picture by one token; the model wants one for each of its tokens.
-        sizes = [] if grid is None else (grid.prod(1) // self.merge**2).tolist()
+        if like:
+            inputs = {"pixel_values": like.pixels, "image_grid_thw": like.grid}
+        elif problem.images:
+            inputs = self.processor.image_processor(images=problem.images, return_tensors="pt")
+        else:
+            inputs = {}
+        grid = inputs.get("image_grid_thw")
+        # The template marks each picture by one token. The model wants one for each of its tokens.
+        counts = [] if grid is None else (grid.prod(1) // self.merge**2).tolist()
         mark = self.processor.tokenizer.convert_ids_to_tokens(self.image_id)
-        first, *rest = text.split(mark)
-        if len(rest) != len(sizes):
-            raise UserError(f"a problem contains {mark}, which stands for a picture; remove it")
-        text = first + "".join(mark * n + after for n, after in zip(sizes, rest))
-        return HFPrompt(self.processor.tokenizer(text)["input_ids"], pixels, grid)
+        pieces = text.split(mark)
+        if len(pieces) != len(counts) + 1:
+            raise UserError(f"{len(counts)} pictures, {len(pieces) - 1} places for them: {text!r}")
+        for i, count in enumerate(counts):
+            pieces[i] += mark * count
+        ids = self.processor.tokenizer("".join(pieces))["input_ids"]
+        return HFPrompt(ids, inputs.get("pixel_values"), grid)
 
     def pack(self, prompts):
-        """Prompts, padded on the left, and all their pictures as inputs of the model; which tokens
-        are no padding, bool [B, P]; and the position of the first answer token [B].
+        """Prompts, padded on the left, as inputs of the model; which tokens are real, bool [B, P];
+        and the position of the first answer token [B].
 
-        A token has three positions, [3, B, P]: time, row and column. They differ in pictures alone.
+        A token has three positions, [3, B, P]: time, row and column. They differ in pictures only.
         """
-        P, device = max(len(p.ids) for p in prompts), self.base.device
-        ids = torch.tensor([[self.stop_ids[0]] * (P - len(p.ids)) + p.ids for p in prompts])
-        real = torch.tensor([[0] * (P - len(p.ids)) + [1] * len(p.ids) for p in prompts])
-        pictured = [p for p in prompts if p.grid is not None]
-        grid = torch.cat([p.grid for p in pictured]) if pictured else None
-        # A picture takes as many positions as its longer side has tokens: fewer than columns.
-        kinds = (ids == self.image_id).long()
-        positions, shift = self.base.model.get_rope_index(ids, kinds, grid, attention_mask=real)
-        start, real = real.sum(1) + shift[:, 0], real.bool()
-        eye = torch.eye(P, dtype=torch.bool)  # padding sees itself: a row that sees nothing is NaN
-        seen = (torch.ones_like(eye).tril() & real[:, None] | eye)[:, None]
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": seen}
+        rows = {"input_ids": [prompt.ids for prompt in prompts]}
+        padded = self.processor.tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+        ids = padded["input_ids"]
+        real = padded["attention_mask"].bool()
+        pictured = [prompt for prompt in prompts if prompt.grid is not None]
+        pictures = {}
         if pictured:
-            pixels = torch.cat([p.pixels for p in pictured])
-            inputs |= {"pixel_values": pixels, "image_grid_thw": grid}
-        inputs = {name: x.to(device) for name, x in inputs.items()}
-        return inputs, real.to(device), start.to(device)
+            pictures["pixel_values"] = torch.cat([prompt.pixels for prompt in pictured])
+            pictures["image_grid_thw"] = torch.cat([prompt.grid for prompt in pictured])
+        # A picture takes as many positions as its longer side has tokens: fewer than its tokens.
+        positions, shift = self.base.model.get_rope_index(
+            ids,
+            (ids == self.image_id).long(),
+            pictures.get("image_grid_thw"),
+            attention_mask=real.long(),
+        )
+        first = real.sum(1) + shift[:, 0]
+        # A token sees the real tokens up to itself. Padding sees itself, or its row would be NaN.
+        eye = torch.eye(ids.shape[1], dtype=torch.bool)
+        causal = torch.ones_like(eye).tril() & real[:, None] | eye
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": causal[:, None]}
+        device = self.base.device
+        inputs = {name: value.to(device) for name, value in (inputs | pictures).items()}
+        return inputs, real.to(device), first.to(device)
 
     @torch.no_grad()
-    def sample(self, prompts, uniforms, temperature):
-        """Answers [N, T] by uniforms [N, T], stop_ids[0] after the end; temperature 0 is greedy.
+    def sample(self, prompts, uniforms, greedy=False):
+        """G answers to each prompt, ids [N, T], by uniform numbers [N, T]; then padding."""
+        group = len(uniforms) // len(prompts)
+        size = self.config.sample_batch // group or 1
+        answers = []
+        for start in range(0, len(prompts), size):
+            some = prompts[start : start + size]
+            noise = uniforms[start * group : (start + size) * group]
+            with self.running():
+                answers.append(self.decode(some, noise.to(self.base.device), greedy))
+        return torch.cat(answers)
 
-        Pictures and prompts are read once, then the cache is repeated for the group.
-        """
-        G, half = len(uniforms) // len(prompts), len(prompts) // 2
-        if half and len(uniforms) > self.sample_batch:
-            one = self.sample(prompts[:half], uniforms[: half * G], temperature)
-            return torch.cat([one, self.sample(prompts[half:], uniforms[half * G :], temperature)])
-        with self.running():
-            inputs, real, start = self.pack(prompts)
-            out = self.base.model(**inputs, use_cache=True)  # B rows, for all N answers
-            cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
-            cache.batch_repeat_interleave(G)
-            hidden, real, start = (x.repeat_interleave(G, 0) for x in (hidden, real, start))
-            uniforms, (N, P), T = uniforms.to(real.device), real.shape, uniforms.shape[1]
-            seen = torch.cat([real, real.new_ones(N, T)], 1)[:, None, None]
-            stop = torch.tensor(self.stop_ids, device=real.device)
-            said, done = stop[0].repeat(N, T), torch.zeros_like(real[:, 0])
-            for t in range(T):
-                with torch.autocast(real.device.type, enabled=False):
-                    logits = hidden.float() @ self.head_weight.T
-                logits[:, self.suppress_ids] = -math.inf  # they would be taken for pictures
-                token = logits.argmax(-1)
-                if temperature > 0:  # `<=`, lest u = 0 take a token of probability 0
-                    total = (logits.double() / temperature).softmax(-1).cumsum(-1)
-                    token = (total <= uniforms[:, t, None] * total[:, -1:]).sum(-1)
-                said[:, t] = torch.where(done, said[:, t], token)
-                done |= torch.isin(token, stop)
-                if done.all() or t == T - 1:
-                    return said
-                step = {"input_ids": said[:, t, None], "attention_mask": seen[..., : P + t + 1]}
-                step["position_ids"] = (start + t)[None, :, None].expand(3, -1, -1)
-                out = self.base.model(**step, past_key_values=cache, use_cache=True)
-                hidden = out.last_hidden_state[:, 0]
+    def decode(self, prompts, uniforms, greedy):
+        """The same for prompts whose cache fits. They are read once, then shared by their group."""
+        head = self.head()
+        N, T = uniforms.shape
+        inputs, real, first = self.pack(prompts)
+        cache = narrow_cache()
+        output = self.base.model(**inputs, cache=cache, use_cache=True)  # B rows
+        repeats = N // len(prompts)
+        cache.batch_repeat_interleave(repeats)
+        hidden = output.last_hidden_state[:, -1].repeat_interleave(repeats, 0)
+        first = first.repeat_interleave(repeats)
+        visible = torch.nn.functional.pad(real, (0, T), value=True)
+        visible = visible.repeat_interleave(repeats, 0)[:, None, None]  # [N, 1, 1, P + T]
+        stop = torch.tensor(self.stop_ids, device=hidden.device)
+        ids = stop[0].repeat(N, T)
+        done = torch.zeros_like(ids[:, 0], dtype=torch.bool)
+        for t in range(T):
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = chunk_logits(hidden, head, self.suppress_ids)
+            ids[:, t] = torch.where(done, stop[0], pick(logits, uniforms[:, t], greedy))
+            done = done | torch.isin(ids[:, t], stop)
+            # To ask a GPU whether all are done is to wait for it, so that is done seldom.
+            if t == T - 1 or (t % 16 == 15 and done.all()):
+                break
+            output = self.base.model(
+                input_ids=ids[:, t, None],
+                attention_mask=visible[..., : t + 1 - T],
+                position_ids=(first + t)[None, :, None].expand(3, -1, -1),
+                cache=cache,
+                use_cache=True,
+            )
+            hidden = output.last_hidden_state[:, 0]
+        return ids
 
     def forward(self, prompts, completion, mask=None, layers=()):
-        """Teacher-forced: hidden float32 [N, T, H] after the last norm, and attention on regions.
+        """Read given answers -> hidden float32 [N, T, H], attention to the regions [L, N, R].
 
-        One packed row a prompt, attended to in toy_tasks/hub.py (packed_attention):
-            prompt but its last token (P) | answer 1: T columns | ... | answer G: T columns
-        Each answer begins with a copy of the last prompt token, the one that predicts its first.
-        Columns behind the longest answer are 0 and cost nothing.
+        Prompt and answers of a group stand in one row, so the prompt is computed once:
+            prompt without its last token (P) | answer 1: T tokens | ... | answer G: T tokens
+        Each answer begins with the last prompt token, which predicts its first token. Who sees
+        whom is told in packed_attention. Columns behind the longest answer are 0.
         """
-        used = int((completion != self.stop_ids[0]).sum(1).max()) + 1  # columns, the end included
-        full, completion = completion.shape[1], completion[:, :used]
+        longest = int((completion != self.stop_ids[0]).sum(1).max()) + 1  # with its end
+        padding = max(0, completion.shape[1] - longest)
+        completion = completion[:, :longest]
+        N, T = completion.shape
+        B = len(prompts)
         with self.running():
-            inputs, real, start = self.pack(prompts)
-            ids, positions = inputs["input_ids"], inputs["position_ids"]
-            (N, T), B, P = completion.shape, len(ids), ids.shape[1] - 1
-            G, device = N // B, ids.device
-            answers = torch.cat([ids[:, P:].repeat_interleave(G, 0), completion[:, :-1]], 1)
-            places = start[:, None] - 1 + torch.arange(T, device=device).repeat(G)
-            # What an answer sees: the prompt but for padding, and its own tokens up to this one;
-            # bool [N, 1, T, P + T]. The prompt sees itself alone, hence inputs' mask [B, 1, P, P].
-            past = torch.ones(T, T, dtype=torch.bool, device=device).tril().expand(N, -1, -1)
-            before = real[:, None, :P].expand(-1, T, -1).repeat_interleave(G, 0)
-            own = torch.cat([before, past], 2)[:, None]
-            # The positions are explicit: every answer goes on where the prompt ends. `looks` is
-            # filled on the way, by layer.
-            inputs["input_ids"] = torch.cat([ids[:, :P], answers.view(B, -1)], 1)
-            inputs["position_ids"] = torch.cat([positions[..., :P], places.expand(3, -1, -1)], 2)
+            inputs, real, first = self.pack(prompts)
+            ids = inputs["input_ids"]
+            P = ids.shape[1] - 1
+            starts = ids[:, P:].repeat_interleave(N // B, 0)
+            answers = torch.cat([starts, completion[:, :-1]], 1).view(B, -1)
+            places = first[:, None] - 1 + torch.arange(T, device=ids.device).repeat(N // B)
+            positions = [inputs["position_ids"][..., :P], places.expand(3, -1, -1)]
+            inputs["input_ids"] = torch.cat([ids[:, :P], answers], 1)
+            inputs["position_ids"] = torch.cat(positions, 2)
             inputs["attention_mask"] = inputs["attention_mask"][..., :P, :P]
-            tokens, looks = mask[:, :T] if layers else None, dict.fromkeys(layers)
-            inputs |= {"own": own, "tokens": tokens, "looks": looks, "use_cache": False}
-            hidden = self.base.model(**inputs).last_hidden_state[:, P:].reshape(N, T, -1).float()
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, full - T))
-        if not layers:
-            return hidden, None
-        looks = torch.stack([*looks.values()]).unflatten(1, (B, G))
-        regions = self.regions(prompts, P).to(device)
-        return hidden, torch.einsum("lbgp,bpr->lbgr", looks, regions).flatten(1, 2)
+            past = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+            before = real[:, None, :P].repeat_interleave(N // B, 0).expand(-1, T, -1)
+            # Layers of transformers cannot return attention, so they write it into this dict.
+            recorded = dict.fromkeys(layers)
+            inputs["answer_mask"] = torch.cat([before, past.expand(N, -1, -1)], 2)[:, None]
+            inputs["token_mask"] = None if mask is None else mask[:, :T]
+            output = self.base.model(**inputs, recorded=recorded, use_cache=False)
+        hidden = output.last_hidden_state[:, P:].reshape(N, T, -1).float()
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
+        attention = None
+        if layers:
+            attention = self.by_region(prompts, torch.stack(list(recorded.values())))
+        return hidden, attention
 
     def region_names(self, prompt):
         """Nine places a picture, with the number of the picture if there are several."""
-        n = 0 if prompt.grid is None else len(prompt.grid)
-        return [f"picture {k + 1}: {p}" if n > 1 else p for k in range(n) for p in PLACES]
+        count = 0 if prompt.grid is None else len(prompt.grid)
+        if count < 2:
+            return PLACES * count
+        return [f"picture {i + 1}: {place}" for i in range(count) for place in PLACES]
 
-    def regions(self, prompts, P):
-        """Weights [B, P, R] of prompt columns in regions, R for the most pictures of a prompt.
+    def by_region(self, prompts, attention):
+        """Attention to prompt tokens [L, N, P] -> mean attention in each region [L, N, R]."""
+        P = attention.shape[-1]
+        R = max(len(self.region_names(prompt)) for prompt in prompts)
+        regions = attention.new_zeros(len(prompts), P, R)  # weights
+        for b, prompt in enumerate(prompts):
+            ids = torch.tensor(prompt.ids)
+            columns = (ids == self.image_id).nonzero()[:, 0] + P + 1 - len(ids)
+            start = 0
+            grid = [] if prompt.grid is None else prompt.grid // self.merge
+            for i, (_, *sides) in enumerate(grid):
+                # Which third of its side holds the centre (j + 1/2) / side of token j?
+                row, column = [(6 * torch.arange(side) + 3) // (2 * side) for side in sides]
+                place = (9 * i + 3 * row[:, None] + column).flatten()
+                regions[b, columns[start : start + len(place)], place] = 1
+                start += len(place)
+        regions = regions / regions.sum(1, keepdim=True).clamp_min(1)
+        groups = attention.unflatten(1, (len(prompts), -1))
+        return torch.einsum("lbgp,bpr->lbgr", groups, regions).flatten(1, 2)
 
-        A region gets the *mean* of its tokens: thirds differ in size when a side is no multiple of
-        three, and a sum would favour the larger. A third that holds no token's centre gets 0.
-        """
-        table = torch.zeros(len(prompts), P, max(len(self.region_names(p)) for p in prompts))
-        for b, p in enumerate(prompts):
-            at = P + 1 - len(p.ids) + (torch.tensor(p.ids) == self.image_id).nonzero()[:, 0]
-            for n, (_, *sides) in enumerate([] if p.grid is None else p.grid // self.merge):
-                # the third that holds the centre (i + 1/2) / side of token i
-                row, column = ((6 * torch.arange(side) + 3) // (2 * side) for side in sides)
-                place = (9 * n + 3 * row[:, None] + column).flatten()
-                table[b, at[: len(place)], place], at = 1, at[len(place) :]
-        return table / table.sum(1, keepdim=True).clamp_min(1)
+
+def pick(logits, uniforms, greedy):
+    """Tokens [N]: the likeliest, or the first whose cumulative probability exceeds u [N]."""
+    if greedy:
+        return logits.argmax(-1)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
 
-# ---------------------------------------------------------------------------------- start of a run
-def make_config(given):
-    """Config from flags by name, each checked."""
-    if given.get("model"):
-        given = MODEL_DEFAULTS | ({"lr": 1e-5} if given.get("lora") else {}) | given
-    config = Config(**{f.name: given[f.name] for f in fields(Config) if f.name in given})
+def narrow_cache():
+    """A cache whose keys are no wider than its values: rotation has made them float32."""
+    from transformers import DynamicCache
+
+    class Cache(DynamicCache):
+        def update(self, key, value, *args, **kwargs):
+            return super().update(key.to(value.dtype), value, *args, **kwargs)
+
+    return Cache()
+
+
+def packed_attention(module, query, key, value, mask, scaling=None, **packed):
+    """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T tokens of answer G.
+
+    mask [B, 1, P, P]: the prompt sees itself. answer_mask [N, 1, T, P + T]: an answer sees the
+    prompt and its own past, and no other answer. These are two calls, not one with a block mask:
+    there is no mask over the whole row, and no work on pairs that do not see each other.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    query = query.to(value.dtype)
+    key = key.to(value.dtype)
+    answer_mask = packed.get("answer_mask")
+    if answer_mask is None:  # sampling: one answer a row
+        return attend(module, query, key, value, mask, scaling=scaling)
+    P = mask.shape[-1]
+    G = len(answer_mask) // len(query)
+
+    def by_answer(x):
+        """The answers [B, heads, G*T, D] as rows of their own [N, heads, T, D]."""
+        return x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
+
+    def with_prompt(x):
+        """The same with the prompt in front [N, heads, P + T, D]."""
+        return torch.cat([x[:, :, :P].repeat_interleave(G, 0), by_answer(x)], 2)
+
+    # Every answer becomes a row of its own, with the keys of its prompt before its own.
+    q = by_answer(query)
+    k = with_prompt(key)
+    v = with_prompt(value)
+    if module.layer_idx in packed["recorded"]:
+        read = read_attention(q, k, answer_mask, packed["token_mask"], scaling)
+        packed["recorded"][module.layer_idx] = read
+    prompt = [x[:, :, :P] for x in (query, key, value)]
+    prompt = attend(module, *prompt, mask, scaling=scaling)[0]
+    answers = attend(module, q, k, v, answer_mask, scaling=scaling)[0]  # [N, T, heads, D]
+    return torch.cat([prompt, answers.unflatten(0, (-1, G)).flatten(1, 2)], 1), None
+
+
+@torch.no_grad()
+def read_attention(query, key, answer_mask, token_mask, scaling):
+    """Attention to the prompt, mean over heads and over the tokens in token_mask, float32 [N, P].
+
+    Fast attention never shows its weights, so softmax(q k' scaling) is computed once more, one
+    answer at a time to save memory.
+    """
+    rows = []
+    with torch.autocast(query.device.type, enabled=False):
+        for q, k, visible, tokens in zip(query, key, answer_mask, token_mask.float()):
+            heads = q.float().unflatten(0, (len(k), -1))  # those that share their keys together
+            scores = torch.einsum("khtd,ksd->khts", heads, k.float()) * scaling
+            weights = scores.masked_fill(~visible, -math.inf).softmax(-1).mean((0, 1))
+            rows.append(tokens @ weights / tokens.sum().clamp_min(1))
+    return torch.stack(rows)[:, : -token_mask.shape[1]]
+
+
+def load_model(config, dtype):
+    """Processor and model of --model. UserError says what is missing, and the remedy."""
+    name = config.model
+    if not Path(name).exists() and name.startswith("assets/"):
+        name = str(HERE / name)
+    try:
+        return open_model(config, name, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except ImportError as error:
+        raise UserError(f"--model {name}: {error}; mend it, or pip install peft") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model {name}: {reason}; give a folder or a hub name") from error
+
+
+def open_model(config, name, dtype):
+    """Processor (of pictures alone) and model; what learns is float32, all else `dtype`."""
+    import transformers as hf
+
+    class PictureProcessor(hf.ProcessorMixin):  # AutoProcessor wants torchvision, for videos
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+            super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    major, minor, *_ = hf.__version__.split(".")
+    if (int(major), int(minor)) < (5, 24):
+        raise ImportError(f"transformers {hf.__version__} is too old, pip install -U transformers")
+    hf.logging.disable_progress_bar()
+    settings = hf.AutoConfig.from_pretrained(name)
+    if settings.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        raise ValueError(f"{settings.model_type} is not Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
+    processor = PictureProcessor.from_pretrained(name)
+    if not processor.chat_template:
+        raise ValueError("no chat template, take an instruction-tuned model")
+    if not processor.tokenizer.convert_ids_to_tokens(settings.image_token_id):
+        raise ValueError("the tokenizer lacks the picture token, take the model's own")
+    size = processor.image_processor.size
+    size["longest_edge"] = config.max_pixels or 2**40
+    size["shortest_edge"] = min(size["shortest_edge"], size["longest_edge"])
+    # cuDNN makes a plan for every new number of keys, and decoding has a new one each token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    weights = dtype if config.lora else torch.float32
+    model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype=weights)
+    hf.AttentionInterface.register("packed", packed_attention)
+    model.set_attn_implementation({"text_config": "packed"})
+    if config.checkpointing:
+        model.activation_checkpointing_enable()
+    model.model.visual.requires_grad_(config.train_vision)
+    if config.lora:
+        import peft
+
+        layers = r".*language_model\.layers\..*_proj"
+        adapters = peft.LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules=layers)
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name of the past
+            torch.manual_seed(0)  # the same adapters in every run and process
+            model = peft.get_peft_model(model, adapters)  # freezes everything else
+    return processor, model
+
+
+# --------------------------------------------------------------------------------------- torchrun
+# Each process takes every RANKS-th group of a step and keeps it. Only sums are exchanged: of the
+# gradients, of the denominators of the loss, and of metrics. Alone, a process exchanges nothing.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def connect():
+    """Prepare the GPU's memory, and join the other processes of torchrun, if there are any."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the old name
+        # Caches that grow token by token would fragment it. This must be set before CUDA starts.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if RANKS > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
+        atexit.register(torch.distributed.destroy_process_group)  # or gloo may abort at the end
+
+
+def over_ranks(tensor, kind="SUM"):
+    """The sum (MAX, MIN) of a tensor over all processes, in place where it can be."""
+    if RANKS == 1:
+        return tensor
+    # NCCL wants tensors of the GPU, gloo those of the CPU.
+    total = tensor.cuda() if torch.distributed.get_backend() == "nccl" else tensor.cpu()
+    torch.distributed.all_reduce(total, getattr(torch.distributed.ReduceOp, kind))
+    return total.to(tensor.device)
+
+
+def sum_gradients(parameters):
+    """Sum the gradients over all processes. None counts as 0, and stays None if all have None."""
+    present = over_ranks(torch.tensor([float(p.grad is not None) for p in parameters]))
+    for p, count in zip(parameters, present.tolist()):
+        if count:
+            p.grad = over_ranks(torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+@contextmanager
+def together():
+    """Around what may fail on one process: the first that failed raises, the others end."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    first = int(over_ranks(torch.tensor(RANK if error else RANKS), "MIN"))
+    if first == RANK:
+        error.alone = True
+        raise error
+    if first < RANKS:
+        raise SystemExit(2)
+
+
+# ------------------------------------------------------------------------------- the command line
+def parse(argv):
+    """Command line -> the given flags by name; defaults are not filled in."""
+
+    def mistake(message):
+        raise UserError(f"{message}; see python ptdpo.py --help")
+
+    parser = argparse.ArgumentParser("ptdpo.py", argument_default=argparse.SUPPRESS)
+    parser.error = mistake
+    add = parser.add_argument
+    add("--toy", action="store_true", help="train on the toy, both methods side by side")
+    add("--resume", type=Path, metavar="DIR", help="go on with a run, or with all runs in DIR")
+    add("--eval", type=Path, metavar="RUN", help="measure a run on held-out problems")
+    add("--help-metrics", action="store_true", help="what each metric means")
+    add("--out", type=Path, metavar="DIR", help="folder of the runs (default runs/NAME)")
+    add("--overwrite", action="store_true", help="replace a run that stands there")
     for f in fields(Config):
-        value, least = getattr(config, f.name), f.metadata["least"]
-        choices = f.metadata["choices"] or (value,)
-        if value not in choices or (least is not None and not least <= value < 2**31):
-            known = " or ".join(map(str, choices)) if value not in choices else f"at least {least}"
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: give {known}")
-    names = list(vars(config))
-    unread = ["task", "base"] if config.model else names[names.index("model") + 1 :]
-    unread += ["train_vision"] * (config.lora > 0)  # adapters sit in the decoder alone
-    if config.model:
-        unread += ["eval_split"] if config.data else ["columns", "allow_outside"]
-    for name in unread:  # it would be stored with the run, and be a lie
-        if getattr(config, name) != getattr(Config, name):
-            flag = name.replace("_", "-")
-            raise UserError(
-                f"--{flag} has no effect here (see --model, --lora, --data); leave it out"
-            )
-    return config
+        kind = {"type": f.type, "choices": f.metadata["choices"] or None}
+        if f.name == "method":
+            kind["choices"] = ("both", "grpo", "ptdpo")
+        if f.type is bool:
+            kind = {"action": "store_true"}
+        text = f"{f.metadata['help']} (default {f.default or 'none'}"
+        if f.name in QWEN_DEFAULTS:
+            text += f"; with --model {QWEN_DEFAULTS[f.name]}"
+        add("--" + f.name.replace("_", "-"), help=text + ")", **kind)
+    return vars(parser.parse_args(argv))
 
 
-def toy(config, trained=True):
-    """Policy and task of the toy; trained: with the weights of the warm-started base."""
-    torch.set_num_threads(config.threads)
-    torch.set_deterministic_debug_mode("error")  # their usual switch imports a compiler first
-    task = TASKS[config.task](config.difficulty)
-    policy = task.new_policy(config.seed)
-    if trained:
-        path = config.base or task.base
-        read_checkpoint(HERE / path if (HERE / path).exists() else Path(path), policy)
-    return policy, task
+def start(given):
+    """Create the runs that the flags ask for -> their folders, and their task."""
+    settings = {f.name: given[f.name] for f in fields(Config) if f.name in given}
+    # A run may be resumed from another folder, so it keeps whole paths.
+    for name in ("model", "base", "data", "eval_data"):
+        if name in settings and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    method = given.get("method", "ptdpo" if "model" in given else "both")
+    methods = ["grpo", "ptdpo"] if method == "both" else [method]
+    configs = [make_config(settings | {"method": name}) for name in methods]
+    # Bad data, or a missing base, are found before anything is written.
+    task = make_task_of(configs[0])
+    if "toy" in given:
+        load_policy(configs[0], task)
+    out = given.get("out", Path("runs") / Path(given.get("model", "toy")).name)
+    for config in configs if RANK == 0 else ():
+        create_run(config, out / config.method, "overwrite" in given)
+    return [out / name for name in methods], task
 
 
-def setup(config, task=None):
-    """Policy and task of a run. Bad data are found before a model is loaded."""
-    if config.model:
-        torch.set_num_threads(config.threads)
-        task = task or text_task(config)
-    return (HFPolicy(config), task) if config.model else toy(config)
+def side_by_side(folders, steps):
+    """All runs at once, a process each. Signals are passed on. SystemExit if a run failed."""
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=in_child, args=(folder, steps)) for folder in folders]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits this until it can handle it
+    for child in children:
+        child.start()
+
+    def pass_on(number, _):
+        STOP.append(number)
+        for child in children:
+            child.terminate()
+
+    signal.signal(signal.SIGINT, pass_on)
+    signal.signal(signal.SIGTERM, pass_on)
+    for child in children:
+        child.join()
+    codes = [128 + number for number in STOP]
+    for child in children:
+        codes.append(child.exitcode if child.exitcode >= 0 else 128 - child.exitcode)
+    if any(codes):
+        raise SystemExit(next(code for code in codes if code))
 
 
-def run(config, folder, resume, task=None):
-    """Train one run; a signal lets it finish its step and save."""
-    STOP.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: STOP.append(n))
-    train(*setup(config, task), config, folder, resume)
+def in_child(folder, steps):
+    """Train the run in a folder in a process of its own."""
+    sys.exit(guard(run, folder, None, steps))
+
+
+def train_command(given):
+    """--toy, --model, --resume: train one run or two, then draw them, also after a signal."""
+    from experiments import figures
+
+    task = None
+    with together():
+        if "resume" in given:
+            folders = runs_in(given["resume"])
+        else:
+            folders, task = start(given)
+        large = read_run(folders[0])["config"]["model"]
+    stopped = None
+    try:
+        if len(folders) > 1 and RANKS == 1 and not large:
+            side_by_side(folders, given.get("steps"))
+        else:
+            for folder in folders:
+                run(folder, task, given.get("steps"))
+    except SystemExit as error:
+        if error.code < 128:  # no signal
+            raise
+        stopped = error
+    if RANK == 0:
+        figures.finish(folders)
+    if stopped:
+        raise stopped
+
+
+def evaluate_run(folder, changes):
+    """--eval: print held-out scores of a run, and those of its base."""
+    folders = runs_in(folder)
+    if len(folders) > 1:
+        raise UserError(f"{folder} holds {len(folders)} runs; name one, such as {folders[-1]}")
+    stored = read_run(folders[0])
+    config = replace(Config(**stored["config"]), **changes)
+    task = make_task_of(config)
+    policy = load_policy(config, task)
+    table = {"base": evaluate(policy, task, config)}
+    if stored.get("layers"):
+        table["base, tutored"] = evaluate(policy, task, config, stored["layers"])
+    load_checkpoint(folders[0] / "checkpoint.safetensors", policy)
+    table["this run"] = evaluate(policy, task, config) | evaluate_samples(policy, task, config)
+    for name, scores in table.items() if RANK == 0 else ():
+        print(f"{name:14}", *(f"{k} {v:.3f}" for k, v in scores.items() if v is not None))
+
+
+def command(argv):
+    """Do what the command line says."""
+    connect()
+    with together():
+        given = parse(argv)
+        actions = given.keys() & {"toy", "model", "resume", "eval", "help_metrics"}
+        if len(actions) != 1:
+            raise UserError("give one of --toy, --model, --resume and --eval; see --help")
+        read = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems"}, "help_metrics": set()}
+        (action,) = actions
+        odd = given.keys() - actions - read.get(action, given.keys())
+        if odd:
+            flag = min(odd).replace("_", "-")
+            raise UserError(f"--{action} goes by what is stored: leave out --{flag}")
+    if action == "help_metrics":
+        print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
+    elif action == "eval":
+        evaluate_run(given.pop("eval"), given)
+    else:
+        train_command(given)
+
+
+def guard(action, *args):
+    """Do it -> exit code. What the user can mend is one line and code 2, never a traceback."""
+    alone = True  # of several processes that fail alike, one tells
+    try:
+        action(*args)
+        return 0
+    except UserError as error:
+        text = str(error)
+        alone = getattr(error, "alone", False)
+    except torch.OutOfMemoryError:
+        text = """the GPU is full: `python -m experiments.fits MODEL` names flags that would fit;
+            --checkpointing, --lora 16, a lower --sample-batch or --max-tokens need less"""
+    except BrokenPipeError:  # whoever read the output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        text = f"{error.filename or 'disk'}: {error.strerror}; give a path that works, with room"
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    if RANK == 0 or alone:
+        print("ptdpo.py:", *text.split(), file=sys.stderr)
+    return 2
 
 
 def main(argv=None):
-    """Entry point -> exit code. The flags are the fields of Config and toy_tasks/commands.py."""
-    from toy_tasks import commands
-
-    return commands.guard(commands.command, sys.argv[1:] if argv is None else argv)
+    """Entry point -> exit code."""
+    return guard(command, sys.argv[1:] if argv is None else argv)
 
 
-sys.modules["ptdpo"] = sys.modules[__name__]  # `import ptdpo` is this very module, also as a script
 if __name__ == "__main__":
     sys.exit(main())

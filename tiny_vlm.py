@@ -1,16 +1,15 @@
-"""A vision-language model for a CPU: the parts of a large one, with half a million parameters.
+"""A small vision-language model for a CPU: half a million parameters, and the parts of a large one.
 
-    picture > patches > encoder > projector > [image tokens; prompt; answers] > decoder > hidden
+    picture > patches > encoder > projector > [image tokens, prompt, answer] > decoder > hidden
 
-It implements the `Policy` protocol of ptdpo.py. One layout serves sampling and training, the
-*packed row*: the G answers of a group stand behind a single picture and prompt, in order of time,
+It stands behind the Policy protocol of ptdpo.py, with the same letters for shapes. A region is a
+patch: R patches, and P prompt tokens, padded on the left. The *prefix* of S = R + P tokens is the
+picture and the prompt. It is computed once for a group. Its keys and values are then repeated for
+the G answers, in sampling as in training. Who sees whom:
 
-    I image tokens | P prompt tokens, padded on the left | token 0 of answers 1..G | token 1 of ...
-
-and every answer sees the picture, the prompt and its own past. So picture and prompt are computed
-once for a group, in the rollout, where the row grows by G columns a token, and in the update alike.
-
-Shapes as in ptdpo.py; here R = I, a region is a patch, and S = I + P is the length of a prefix.
+                     prefix    answer so far
+    prefix token     all       none             the prefix sees itself in both directions
+    answer token     all       up to itself     padding is never seen
 """
 
 import copy
@@ -25,7 +24,7 @@ PATCH = 8  # pixels along a patch
 
 @dataclass
 class Prompt:
-    """One encoded prompt: picture [height, width, 3] as uint8, and the ids of question and hint."""
+    """One encoded prompt: a picture [height, width, 3] as uint8, and the ids of its words."""
 
     pixels: torch.Tensor
     ids: list
@@ -37,60 +36,72 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        up = nn.Linear(width, 4 * width)
+        down = nn.Linear(4 * width, width)
         self.mlp = nn.Sequential(up, nn.GELU(), down)
-        nn.init.zeros_(self.out.weight)  # a block begins as the identity
+        # A block begins as the identity.
+        nn.init.zeros_(self.out.weight)
         nn.init.zeros_(down.weight)
 
-    def forward(self, x, seen=None, past=None, rows=None):
-        """x [B, Q, H]; seen bool [B, 1, Q, K], who sees whom; past: keys and values of the columns
-        before. Returns x, (keys, values), attention of `rows` [B, rows, K] as the mean of heads.
+    def forward(self, x, mask=None, past=None, show=False):
+        """x [B, Q, H], mask bool [B, 1, Q, K], past keys and values -> x, (keys, values), attention.
 
-        Attention that is fast never shows its weights: softmax(q k' / sqrt d) is computed once
-        more, for the rows and layers that are asked for.
+        The attention [B, Q, K] is a mean over heads, None unless it is to be shown. Fast attention
+        never shows its weights, so softmax(q k' / sqrt d) is computed once more.
         """
         B, Q, H = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, Q, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm1(x)).view(B, Q, 3, self.heads, H // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, Q, d]
         if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        x = x + self.out(mixed.transpose(1, 2).reshape(B, Q, H))
+            k = torch.cat([past[0], k], 2)
+            v = torch.cat([past[1], v], 2)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         attention = None
-        if rows is not None:
-            scores = q[:, :, rows] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            attention = scores.masked_fill(~seen[:, :, rows], -torch.inf).softmax(-1).mean(1)
+        if show:
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            attention = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
+        x = x + self.out(mixed.transpose(1, 2).reshape(B, Q, H))
         return x + self.mlp(self.norm2(x)), (k, v), attention
 
 
 class TinyVLM(nn.Module):
-    """The toy `Policy`. words[0] ends an answer; cells are the words that name the patches."""
+    """The policy of the toy. words[0] ends an answer; cells are the words for the patches."""
 
-    stop_ids, suppress_ids = (0,), ()
+    stop_ids = (0,)
+    suppress_ids = ()
 
-    def __init__(self, words, cells, side, width=96, heads=4, encoder=1, decoder=3, longest=64):
+    def __init__(self, words, cells, side, width=96, heads=4, layers=3, longest=64):
         super().__init__()
-        self.words, self.cells, self.side, self.num_layers = words, cells, side, decoder
-        self.word_id = {word: i for i, word in enumerate(self.words)}
-        self.cell_ids = torch.tensor([self.word_id[c] for c in cells])
-        into, on = nn.Linear(3 * PATCH**2, 2 * width), nn.Linear(2 * width, width)
-        self.patches = nn.Sequential(into, nn.GELU(), on)
-        self.encoder = nn.ModuleList(Block(width, heads) for _ in range(encoder))
+        self.words = words
+        self.cells = cells
+        self.side = side
+        self.num_layers = layers
+        self.word_id = {word: i for i, word in enumerate(words)}
+        into = nn.Linear(3 * PATCH**2, 2 * width)
+        out = nn.Linear(2 * width, width)
+        self.patches = nn.Sequential(into, nn.GELU(), out)
+        self.encoder = nn.ModuleList([Block(width, heads)])
         self.projector = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
-        self.embed = nn.Embedding(len(self.words), width)
+        self.embed = nn.Embedding(len(words), width)
         self.position = nn.Parameter(0.05 * torch.randn(longest, width))
-        self.decoder = nn.ModuleList(Block(width, heads) for _ in range(decoder))
+        self.decoder = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        # The scale at the start decides how fast colours are learned: words must be heard, and
-        # image tokens must not drown them.
+        # The scale at the start decides how fast colours are learned: image tokens must not drown
+        # the words.
         nn.init.normal_(self.embed.weight, std=0.1)
         nn.init.constant_(self.projector[1].weight, 0.15)
 
     @property
     def head_weight(self):
         """The language head [V, H], tied to the word embedding."""
+        return self.embed.weight
+
+    def head(self):
+        """The same: there is one precision."""
         return self.embed.weight
 
     def frozen_copy(self):
@@ -110,93 +121,105 @@ class TinyVLM(nn.Module):
         return " ".join(self.words[i] for i in ids)
 
     def encode(self, problem, hint="", like=None):
-        """One Prompt; the hint follows the question, `like` lends its pixels."""
-        raw, edge = bytearray(problem.images[0].tobytes()), self.side * PATCH
-        pixels = torch.frombuffer(raw, dtype=torch.uint8).view(edge, edge, 3)
-        return Prompt(like.pixels if like else pixels, self.tokens(f"{problem.question} {hint}"))
+        """One Prompt. The hint follows the question; `like` lends its pixels."""
+        ids = self.tokens(f"{problem.question} {hint}")
+        if like:
+            return Prompt(like.pixels, ids)
+        edge = self.side * PATCH
+        raw = bytearray(problem.images[0].tobytes())
+        return Prompt(torch.frombuffer(raw, dtype=torch.uint8).view(edge, edge, 3), ids)
 
     def prefix(self, prompts):
-        """Pictures and prompts as decoder input [B, S, H], visible columns [B, S], lengths [B].
-
-        Padding is on the left and positions count from the first real token, so that what a
-        prompt is batched with changes nothing but rounding.
+        """Pictures and prompts -> hidden of the last token [B, 1, H]; by layer, keys and values and
+        the attention of the last token [B, 1, S]; visible tokens, bool [B, S]; lengths [B].
         """
-        B, s, longest = len(prompts), self.side, max(len(p.ids) for p in prompts)
-        pixels = torch.stack([p.pixels for p in prompts]).view(B, s, PATCH, s, PATCH, 3)
+        B = len(prompts)
+        s = self.side
+        pixels = torch.stack([prompt.pixels for prompt in prompts]).view(B, s, PATCH, s, PATCH, 3)
         patches = pixels.transpose(2, 3).reshape(B, s * s, -1).float() / 127.5 - 1
-        # One vector is the position of a patch and the word for it: pointing is quickly learned.
-        cells = self.embed(self.cell_ids)
-        x = self.patches(patches) + cells
+        # One vector is the place of a patch and the word for it: so pointing is learned quickly.
+        cells = self.embed(torch.tensor(self.tokens(" ".join(self.cells))))
+        image = self.patches(patches) + cells
         for block in self.encoder:
-            x, _, _ = block(x)
-        ids = torch.tensor([[0] * (longest - len(p.ids)) + p.ids for p in prompts])
-        lengths = torch.tensor([len(p.ids) for p in prompts])
-        place = torch.arange(longest) - (longest - lengths[:, None])  # [B, P], negative: padding
+            image, _, _ = block(image)
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+        P = int(lengths.max())
+        ids = torch.tensor([[0] * (P - len(prompt.ids)) + prompt.ids for prompt in prompts])
+        # Positions count from the first real word, so it does not matter what shares the batch.
+        place = torch.arange(P) - (P - lengths[:, None])  # [B, P], negative in padding
         words = self.embed(ids) + self.position[place.clamp_min(0)]
+        x = torch.cat([self.projector(image) + cells, words], 1)
         visible = torch.cat([torch.ones(B, s * s, dtype=torch.bool), place >= 0], 1)
-        return torch.cat([self.projector(x) + cells, words], 1), visible, lengths
-
-    def answer_tokens(self, ids, lengths, times):
-        """Answer tokens ids [B, n], at times [n] of their answers, as decoder input [B, n, H]."""
-        return self.embed(ids) + self.position[lengths[:, None] + times]
+        mask = visible[:, None, None].expand(-1, -1, x.shape[1], -1)
+        pasts = []
+        looks = []
+        for block in self.decoder:
+            x, past, attention = block(x, mask, show=True)
+            pasts.append(past)
+            looks.append(attention[:, -1:])
+        return self.norm(x[:, -1:]), pasts, looks, visible, lengths
 
     @torch.no_grad()
-    def sample(self, prompts, uniforms, temperature=1.0):
-        """Sample a group for each prompt; picture and prompt are read once. -> ids [N, T].
+    def sample(self, prompts, uniforms, greedy=False):
+        """G answers to each prompt, ids [N, T], by uniform numbers [N, T].
 
-        uniforms [N, T] in [0, 1) pick each token by inverse cumulative probability: the first word
-        v with p_0 + ... + p_v >= u. The row of a group grows by G columns, one an answer, a token.
+        A token is the first word whose cumulative probability reaches u.
         """
-        B, (N, T) = len(prompts), uniforms.shape
-        G, past, ids = N // B, [None] * self.num_layers, []
-        x, visible, lengths = self.prefix(prompts)
-        seen = visible[:, None, None].expand(B, 1, x.shape[1], -1)
-        own, running = torch.eye(G, dtype=torch.bool).expand(B, 1, G, G), torch.ones(N).bool()
+        N, T = uniforms.shape
+        repeats = N // len(prompts)
+        hidden, pasts, _, visible, lengths = self.prefix(prompts)
+        hidden = hidden.repeat_interleave(repeats, 0)
+        pasts = repeat(pasts, repeats)
+        mask = visible.repeat_interleave(repeats, 0)[:, None, None]  # [N, 1, 1, S]
+        lengths = lengths.repeat_interleave(repeats)
+        ids = torch.zeros(N, T, dtype=torch.long)
+        running = torch.ones(N, dtype=torch.bool)
         for t in range(T):
-            for i, block in enumerate(self.decoder):
-                x, past[i], _ = block(x, seen, past[i])
-            # The last row of the prefix predicts the first token of all G answers.
-            logits = self.norm(x[:, -1:] if t == 0 else x) @ self.head_weight.T
-            logits = logits.expand(B, G, -1).reshape(N, -1).double()
+            logits = (hidden[:, 0] @ self.head_weight.T).double()
             token = logits.argmax(-1)
-            if temperature > 0:
-                below = (logits / temperature).softmax(-1).cumsum(-1) < uniforms[:, t : t + 1]
+            if not greedy:
+                below = logits.softmax(-1).cumsum(-1) < uniforms[:, t, None]
                 token = below.sum(-1).clamp_max(len(self.words) - 1)
-            ids.append(token)
+            ids[:, t] = token * running  # behind its end an answer is padded with 0
             running = running & (token != 0)
-            if not running.any():
+            if t == T - 1 or not running.any():
                 break
-            x = self.answer_tokens(token.view(B, G), lengths, torch.full((G,), t))
-            before = seen if t else seen[:, :, :1].expand(B, 1, G, -1)
-            seen = torch.cat([before, own], -1)
-        return F.pad(torch.stack(ids, 1), (0, T - len(ids)))
+            x = self.embed(token)[:, None] + self.position[lengths + t][:, None]
+            mask = F.pad(mask, (0, 1), value=True)
+            for i, block in enumerate(self.decoder):
+                x, pasts[i], _ = block(x, mask, pasts[i])
+            hidden = self.norm(x)
+        return ids
 
     def forward(self, prompts, completion, mask=None, layers=()):
-        """Teacher-forced pass over completion [N, T] in packed rows.
+        """Read given answers -> hidden [N, T, H], attention to the patches [L, N, R].
 
-        Returns hidden [N, T, H], whose place t predicts token t, and the attention of those places
-        to the patches, mean over heads and over the tokens in mask [N, T]: [len(layers), N, R].
+        hidden[:, t] predicts token t. The attention is a mean over heads and the tokens in mask.
         """
-        B, (N, T) = len(prompts), completion.shape
-        G, I, times = N // B, self.side**2, torch.arange(T - 1)
-        x, visible, lengths = self.prefix(prompts)
-        S = x.shape[1]
-        packed = completion[:, :-1].view(B, G, T - 1).transpose(1, 2).reshape(B, -1)
-        x = torch.cat([x, self.answer_tokens(packed, lengths, times.repeat_interleave(G))], 1)
-        seen = torch.zeros(B, x.shape[1], x.shape[1], dtype=torch.bool)
-        seen[:, :, :S] = visible[:, None]  # the prefix sees itself in both directions
-        seen[:, S:, S:] = torch.kron(torch.ones(T - 1, T - 1).tril(), torch.eye(G)).bool()
-        # rows[t, g] predicts token t of answer g: the end of the prefix, then the token before.
-        rows = torch.cat([torch.full((G,), S - 1), S + torch.arange((T - 1) * G)])
-
-        def by_answer(v):
-            """Rows in order of time [B, T*G, ...] -> [N, T, ...]."""
-            return v.view(B, T, G, -1).transpose(1, 2).reshape(N, T, -1)
-
+        N, T = completion.shape
+        repeats = N // len(prompts)
+        hidden, pasts, first_looks, visible, lengths = self.prefix(prompts)
+        # The last token of the prefix predicts the first token of all answers.
+        hidden = hidden.repeat_interleave(repeats, 0)
+        pasts = repeat(pasts, repeats)
+        places = lengths.repeat_interleave(repeats)[:, None] + torch.arange(T - 1)
+        x = self.embed(completion[:, :-1]) + self.position[places]
+        before = visible.repeat_interleave(repeats, 0)[:, None].expand(-1, T - 1, -1)
+        causal = torch.ones(T - 1, T - 1, dtype=torch.bool).tril().expand(N, -1, -1)
+        seen = torch.cat([before, causal], 2)[:, None]
         looks = []
         for i, block in enumerate(self.decoder):
-            x, _, attention = block(x, seen[:, None], rows=rows if i in layers else None)
+            x, _, attention = block(x, seen, pasts[i], show=i in layers)
             if i in layers:
-                tokens = mask[..., None] / mask.sum(1)[:, None, None]
-                looks.append((by_answer(attention[..., :I]) * tokens).sum(1))
-        return by_answer(self.norm(x[:, rows])), torch.stack(looks) if looks else None
+                first = first_looks[i].repeat_interleave(repeats, 0)
+                R = self.side**2
+                to_patches = torch.cat([first[..., :R], attention[..., :R]], 1)  # [N, T, R]
+                weights = mask / mask.sum(1, keepdim=True)
+                looks.append((to_patches * weights[..., None]).sum(1))
+        hidden = torch.cat([hidden, self.norm(x)], 1)
+        return hidden, torch.stack(looks) if looks else None
+
+
+def repeat(pasts, times):
+    """Keys and values of each layer, once for each answer of a group."""
+    return [[x.repeat_interleave(times, 0) for x in past] for past in pasts]

@@ -1,8 +1,12 @@
-"""Fixtures: one thread, the repository on the import path, and policies to test on."""
+"""Fixtures: one thread, no GPU, the repository on the import path, and policies to test on."""
 
+import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: all tests run on a CPU
 
 import pytest
 import torch
@@ -35,16 +39,8 @@ def ref(task):
     return helpers.shaken(task.new_policy(0), 1).frozen_copy()
 
 
-@pytest.fixture(scope="session")
-def base():
-    """The shipped base, and the state that is stored with it."""
-    policy = Counting().new_policy(0)
-    state = ptdpo.read_checkpoint(helpers.BASE, policy)
-    return policy.frozen_copy(), state
-
-
-@pytest.fixture
-def signals():
+@contextmanager
+def handlers_kept():
     """Runs in this process install signal handlers: put the old ones back."""
     old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -53,13 +49,18 @@ def signals():
     ptdpo.STOP.clear()
 
 
+@pytest.fixture
+def signals():
+    """For tests that run training in this process."""
+    with handlers_kept():
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """Finished tiny runs of four steps, by method: to be read, or copied and then broken."""
-    old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     out = tmp_path_factory.mktemp("finished")
-    for method in ("grpo", "ptdpo"):
-        assert ptdpo.main(helpers.start(out / method, method=method)) == 0
-    for number, handler in old.items():
-        signal.signal(number, handler)
+    with handlers_kept():
+        for method in ("grpo", "ptdpo"):
+            assert ptdpo.main(helpers.start(out / method, method=method)) == 0
     return {method: out / method / method for method in ("grpo", "ptdpo")}

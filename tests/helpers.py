@@ -1,21 +1,23 @@
-"""Second, plain implementations, and short ways to make policies, rollouts and gradients."""
+"""Second, plain implementations, and short ways to make policies, batches and gradients."""
 
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
-from safetensors.torch import save
+from safetensors import safe_open
 
 import ptdpo
-from ptdpo import LOGS
 from toy_tasks import Grade
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "toy_tasks" / "base.safetensors"
 
 
+# ------------------------------------------------------------------------------- steps in parts
 def shaken(policy, seed, size=0.15):
     """Add noise to every weight, so that no layer is idle and answers end now and then."""
     noise = torch.Generator().manual_seed(seed)
@@ -27,31 +29,68 @@ def shaken(policy, seed, size=0.15):
 
 
 def config(**changes):
-    """A config for four groups of four, with gradients left as they are."""
-    return ptdpo.Config(**{"prompts": 4, "group": 4, "clip_norm": 1e9, **changes})
+    """A config for four groups of four."""
+    return ptdpo.Config(**{"prompts": 4, "group": 4, **changes})
 
 
-def make_rollout(policy, ref, task, config, solved=None, problems=None, key=("test", 0)):
-    """All of a step that comes before its update; solved [N] replaces the task's verdicts."""
+def with_verdicts(rollout, solved):
+    """The same rollout, but its answers are solved as told [N]."""
+    grades = []
+    for b, row in enumerate(rollout.grades):
+        verdicts = solved[b * len(row) : (b + 1) * len(row)]
+        grades.append([Grade(float(s), bool(s), g.points) for s, g in zip(verdicts, row)])
+    solved = torch.tensor(solved, dtype=torch.bool)
+    return replace(rollout, grades=grades, solved=solved, rewards=solved.float())
+
+
+def make_batch(policy, ref, task, config, solved=None, problems=None, key=("test", 0)):
+    """All of train_step that comes before its update -> rollout, hints, Batch.
+
+    solved [N] replaces the verdicts of the task.
+    """
     problems = problems or [task.problem("train", 0, i) for i in range(config.prompts)]
-    rollout = ptdpo.answer(policy, task, problems, config.group, config.temperature, key)
+    rollout = ptdpo.sample_and_grade(policy, task, problems, config.group, key)
     if solved is not None:
-        pairs = zip(solved, rollout.grades)
-        rollout.grades = [Grade(float(s), bool(s), g.points) for s, g in pairs]
-    rollout.adv = ptdpo.group_advantages(rollout.reward, config.group)
-    ptdpo.read_reference(ref, rollout, config, [0])
+        rollout = with_verdicts(rollout, solved)
+    return rollout, *batch_of(ref, task, rollout, config, key)
+
+
+def batch_of(ref, task, rollout, config, key=("test", 0)):
+    """Hints and Batch of a rollout."""
+    logp_ref, relevance = ptdpo.read_reference(ref, rollout, [0], config)
+    hints = []
+    distill = torch.zeros_like(rollout.solved)
+    teacher = [None] * len(rollout.prompts)
     if config.method == "ptdpo":
-        rollout.hints = ptdpo.build_hints(policy, task, rollout, config, key)
-        ptdpo.tutor(ref, rollout, config)
-    return rollout
+        hints = ptdpo.build_hints(ref, task, rollout, relevance, config, key)
+        distill = ptdpo.answers_to_distill(rollout, config)
+        teacher = ptdpo.tutor(ref, rollout, hints, distill, config)
+    batch = ptdpo.Batch(
+        prompts=rollout.prompts,
+        completion=rollout.completion,
+        mask=rollout.mask,
+        advantages=ptdpo.group_advantages(rollout.rewards, config.group),
+        logp_ref=logp_ref,
+        kl_on=ptdpo.answers_under_kl(rollout, config),
+        distill=distill,
+        teacher=teacher,
+    )
+    return hints, batch
 
 
-def gradient(policy, ref, rollout, config, distill_weight=None):
-    """All gradients of one update as one vector, and the values that the update returned."""
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    weight = config.distill_weight if distill_weight is None else distill_weight
-    tokens, norm = ptdpo.update(policy, ref, optimizer, rollout, config, weight)
-    return torch.cat([p.grad.flatten() for p in policy.parameters()]), tokens, norm
+def gradient(policy, ref, batch, config, step=1, clip=1e9, lr=0.0):
+    """The gradient of a step as one vector, a sum over its updates, and what `update` returned."""
+    optimizer = torch.optim.SGD(policy.parameters(), lr=lr)
+    grads = []
+
+    def record(*_):
+        each = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters()]
+        grads.append(torch.cat([grad.flatten() for grad in each]))
+
+    optimizer.register_step_pre_hook(record)
+    with mock.patch.object(ptdpo, "CLIP_NORM", clip):
+        tokens, norm, _ = ptdpo.update(policy, ref, optimizer, batch, config, step)
+    return sum(grads), tokens, norm
 
 
 def close(a, b, relative=1e-5):
@@ -59,25 +98,26 @@ def close(a, b, relative=1e-5):
     return (a - b).abs().max() <= relative * b.abs().max()
 
 
-def plain_jsd(student, teacher, k):
-    """Top-K JSD of one token in plain Python: the definition, in float64."""
-
-    def softmax(z):
-        top = max(z)
-        e = [math.exp(v - top) for v in z]
-        return [v / math.fsum(e) for v in e]
+# ------------------------------------------------------------------------ second implementations
+def plain_divergence(s, t, k, name="jsd"):
+    """Top-K divergence of one token, as it is defined: in probabilities, word by word."""
+    p = s.softmax(-1)
+    q = t.softmax(-1)
+    V = len(p)
+    listed = {*p.topk(min(k, V)).indices.tolist(), *q.topk(min(k, V)).indices.tolist()}
+    rest = [i for i in range(V) if i not in listed]
+    p = torch.cat([p[sorted(listed)], p[rest].sum()[None]])
+    q = torch.cat([q[sorted(listed)], q[rest].sum()[None]])
 
     def kl(a, b):
-        return math.fsum(x * math.log(x / y) for x, y in zip(a, b) if x > 0)
+        seen = a > 0
+        return (a[seen] * (a[seen] / b[seen]).log()).sum()
 
-    p, q = softmax([float(v) for v in student]), softmax([float(v) for v in teacher])
-    support = set()
-    for d in (p, q):
-        support |= set(sorted(range(len(d)), key=lambda i: -d[i])[:k])
-    rest = [i for i in range(len(p)) if i not in support]
-    p, q = ([d[i] for i in sorted(support)] + [math.fsum(d[i] for i in rest)] for d in (p, q))
-    m = [(a + b) / 2 for a, b in zip(p, q)]
-    return (kl(p, m) + kl(q, m)) / 2
+    if name == "forward_kl":
+        return kl(q, p)
+    if name == "reverse_kl":
+        return kl(p, q)
+    return (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2
 
 
 def plain_forward(policy, prompt, answer):
@@ -85,17 +125,14 @@ def plain_forward(policy, prompt, answer):
 
     Returns hidden [T, H] and, by layer, what the T places attend to, mean of heads [L, T, R].
     """
-    side, edge = policy.side, policy.side * 8
-    pixels = prompt.pixels.view(edge, edge, 3).float() / 127.5 - 1
-    patches = torch.stack(
-        [
-            pixels[8 * r : 8 * r + 8, 8 * c : 8 * c + 8].reshape(-1)
-            for r in range(side)
-            for c in range(side)
-        ]
-    )
-    cells = policy.embed.weight[policy.cell_ids]
-    x = policy.patches(patches) + cells
+    side = policy.side
+    pixels = prompt.pixels.view(8 * side, 8 * side, 3).float() / 127.5 - 1
+    patches = []
+    for r in range(side):
+        for c in range(side):
+            patches.append(pixels[8 * r : 8 * r + 8, 8 * c : 8 * c + 8].reshape(-1))
+    cells = policy.embed.weight[[policy.word_id[cell] for cell in policy.cells]]
+    x = policy.patches(torch.stack(patches)) + cells
     for block in policy.encoder:
         x, _ = plain_block(block, x, torch.ones(len(x), len(x), dtype=torch.bool))
     image = policy.projector(x) + cells
@@ -114,7 +151,9 @@ def plain_forward(policy, prompt, answer):
 def plain_block(block, x, seen):
     """A pre-norm block, head by head -> x, mean attention of the heads."""
     q, k, v = block.qkv(block.norm1(x)).chunk(3, -1)
-    width, mixed, total = q.shape[-1] // block.heads, [], 0
+    width = q.shape[-1] // block.heads
+    mixed = []
+    total = 0
     for h in range(block.heads):
         part = slice(h * width, h * width + width)
         scores = q[:, part] @ k[:, part].T / math.sqrt(width)
@@ -125,7 +164,7 @@ def plain_block(block, x, seen):
     return x + block.mlp(block.norm2(x)), total
 
 
-# ------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------------ whole runs
 TINY = "--prompts 2 --group 2 --eval-problems 4 --eval-every 2".split()
 
 
@@ -140,27 +179,19 @@ def rows(path):
 
 
 def timeless(run):
-    """What a run logged, but for how long it took."""
-    metrics = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(run / LOGS[0])]
-    return metrics, (run / LOGS[1]).read_text()
+    """What a run logged, but for how long it took: rows of metrics, and the text of samples."""
+    metrics = rows(run / "metrics.jsonl")
+    for row in metrics:
+        row.pop("seconds")
+    return metrics, (run / "samples.jsonl").read_text()
 
 
 def contents(run):
-    """State and tensors of a run's checkpoint, in a form that == compares bit by bit."""
-    state, tensors = ptdpo.open_checkpoint(run / "checkpoint.safetensors")
-    del state["sizes"], state["commit"]  # seconds have more digits or fewer
-    for row in state["monitor"]["recent"]:
-        row.pop("seconds", None)
-    return state, {name: (t.shape, t.dtype, t.numpy().tobytes()) for name, t in tensors.items()}
-
-
-def forge(path, change):
-    """Rewrite a checkpoint with a true checksum after change(state, tensors)."""
-    state, tensors = ptdpo.open_checkpoint(path)
-    change(state, tensors)
-    text = json.dumps(state)
-    data = save(tensors, {"state": text, "checksum": ptdpo.checksum(tensors, text)})
-    path.write_bytes(data)
+    """Step and tensors of a run's checkpoint, in a form that == compares bit by bit."""
+    with safe_open(run / "checkpoint.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        step = int(file.metadata()["step"])
+    return step, {name: (t.shape, t.dtype, t.numpy().tobytes()) for name, t in tensors.items()}
 
 
 def files(folder):

@@ -1,671 +1,573 @@
-"""The Hugging Face back end against transformers itself: tiny random models, offline."""
+"""HFPolicy against transformers itself: tiny random models of the three families, offline."""
 
-import json
+import math
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_qwen
 import torch
+from helpers import close, gradient, make_batch
 from PIL import Image, ImageDraw
+from torch.overrides import TorchFunctionMode
 
-from ptdpo import Config, HFPolicy, UserError
-from toy_tasks import Problem
-from toy_tasks.hub import SOURCE_FILES, read_attention, save_hf
-from toy_tasks.jsonl import PLACES
+import ptdpo
+from toy_tasks import Grade, Problem, UserError
+from toy_tasks.free_text import PLACES, FreeText
 
-T, G = 9, 3
+T = 9  # tokens of an answer
+G = 3  # answers to a prompt
+V = 264  # words
+
+
+def picture(width, height, seed):
+    """Noise."""
+    stream = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=stream, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+PROBLEMS = [
+    Problem([picture(112, 84, 1)], "How many dots?", "3"),
+    Problem([picture(200, 90, 2), picture(84, 150, 3)], "Is <image> larger than <image>?", "no"),
+    Problem([picture(64, 64, 4)], "?", "1"),
+    Problem([], "Say yes.", "yes"),
+]
+# What a user would hand to the chat template, None for a picture: it comes first if not marked.
+CONTENTS = [
+    [None, "How many dots?"],
+    ["Is ", None, " larger than ", None, "?"],
+    [None, "?"],
+    ["Say yes."],
+]
+
+
+class Parity(FreeText):
+    """The four problems in turn; an answer is solved if its bytes have an even sum."""
+
+    def __init__(self):
+        super().__init__(T)
+
+    def problem(self, split, seed, index):
+        return PROBLEMS[index % 4]
+
+    def grade(self, problem, text, finished):
+        even = sum(text.encode()) % 2 == 0
+        return Grade(float(even), even, None)
 
 
 def load(folder, **changes):
     """A policy from a folder."""
-    return HFPolicy(Config(model=str(folder), **changes))
+    return ptdpo.HFPolicy(ptdpo.Config(model=str(folder), **changes))
 
 
-def noise_picture(width, height, seed):
-    g = torch.Generator().manual_seed(seed)
-    return Image.fromarray(
-        torch.randint(0, 256, (height, width, 3), generator=g, dtype=torch.uint8).numpy()
-    )
+def uniforms(n, seed=0, length=T):
+    """Random numbers to sample by."""
+    return torch.rand(n, length, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
 
 
-PROBLEMS = [  # one picture, two of different size, a short question, no picture
-    Problem([noise_picture(112, 84, 1)], "How many dots?", "3"),
-    Problem(
-        [noise_picture(200, 90, 2), noise_picture(84, 150, 3)],
-        "Which is larger, and by how much?",
-        "1",
-    ),
-    Problem([noise_picture(64, 64, 4)], "?", "1"),
-    Problem([], "Say yes.", "yes"),
-]
+@pytest.fixture(scope="module", params=tiny_qwen.FAMILIES)
+def folder(request, tmp_path_factory):
+    """A folder of each family in turn."""
+    return tiny_qwen.save(tmp_path_factory.mktemp("models") / request.param, request.param)
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    made = {}
-    for family in tiny_qwen.FAMILIES:
-        folder = tmp_path_factory.mktemp(family)
-        made[family] = tiny_qwen.save(folder, family)
-    return made
-
-
-@pytest.fixture(scope="session", params=tiny_qwen.FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def folder(family, folders):
-    return folders[family]
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def policy(folder):
+    """Its policy, with a vision tower that learns. Tests leave it as it was."""
     return load(folder, train_vision=True)
 
 
-@pytest.fixture(scope="session")
-def plain_model(folder):
+@pytest.fixture(scope="module")
+def plain(folder):
     """The oracle: transformers as its users run it."""
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prompts(policy):
-    return [policy.encode(p) for p in PROBLEMS]
+    """The four problems."""
+    return [policy.encode(problem) for problem in PROBLEMS]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def answers(policy, prompts):
-    return policy.sample(prompts, uniforms(len(prompts) * G), 1.0)
+    """Three answers to each."""
+    return policy.sample(prompts, uniforms(4 * G), False)
 
 
-def uniforms(n, seed=0, length=T):
-    return torch.rand(n, length, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+def mask_of(policy, answers):
+    """Tokens up to the first that ends an answer, which is included."""
+    stop = torch.isin(answers, torch.tensor(policy.stop_ids))
+    return stop.cumsum(1) - stop.long() == 0
 
 
-def log_probs(policy, hidden, ids):
+def each_alone(plain, policy, prompts, answers, **more):
+    """One prompt and one answer in a row of its own, without padding: what transformers says."""
+    for n, answer in enumerate(answers.tolist()):
+        prompt = prompts[n * len(prompts) // len(answers)]
+        ids = torch.tensor([[*prompt.ids, *answer[:-1]]])
+        inputs = {"input_ids": ids, "mm_token_type_ids": (ids == policy.image_id).long()}
+        plain.model.rope_deltas = None  # transformers remembers those of the last picture
+        if prompt.grid is not None:
+            inputs |= {"pixel_values": prompt.pixels, "image_grid_thw": prompt.grid}
+        yield prompt, plain(**inputs, output_hidden_states=True, **more)
+
+
+def expected_hidden(plain, policy, prompts, answers):
+    """Hidden states that predict the answers [N, T, H]."""
+    rows = each_alone(plain, policy, prompts, answers)
+    return torch.stack([out.hidden_states[-1][0, len(prompt.ids) - 1 :] for prompt, out in rows])
+
+
+def allowed_logits(policy, hidden):
+    """Logits in which no word is likely that may not be said."""
     logits = hidden @ policy.head_weight.T
     logits[..., policy.suppress_ids] = -torch.inf
-    return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return logits
 
 
-def plain_inputs(policy, prompt, answer=()):
-    """One prompt and one answer, as a row of its own without padding, for the plain model."""
-    ids = torch.tensor([prompt.ids + list(answer)])
-    kinds = (torch.arange(len(ids[0]))[None] < len(prompt.ids)) & (ids == policy.image_id)
-    inputs = {"input_ids": ids, "mm_token_type_ids": kinds.long()}
-    if prompt.grid is not None:
-        inputs |= {"pixel_values": prompt.pixels, "image_grid_thw": prompt.grid}
-    return inputs
+# --------------------------------------------------------------------------------------- encoding
+def real_processor(folder):
+    """The processor of transformers, without videos, for which it wants torchvision."""
+    import transformers
 
-
-def plain_hidden(model, policy, prompt, answer):
-    if prompt.grid is None:
-        model.model.rope_deltas = None  # transformers remembers those of the last picture
-    out = model.model(**plain_inputs(policy, prompt, answer.tolist()[:-1])).last_hidden_state
-    return out[0, len(prompt.ids) - 1 :]
-
-
-# ---------------------------------------------------------------- encoding
-
-
-def test_no_torchvision():
-    assert "torchvision" not in sys.modules
-
-
-def test_encode_equals_the_real_processor(policy, folder, family):
-    from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
-    from transformers.models.qwen2_5_vl import processing_qwen2_5_vl
-    from transformers.models.qwen2_vl import processing_qwen2_vl
-    from transformers.models.qwen3_vl import processing_qwen3_vl
-
-    base = {
-        "qwen2_vl": processing_qwen2_vl.Qwen2VLProcessor,
-        "qwen3_vl": processing_qwen3_vl.Qwen3VLProcessor,
-        "qwen2_5_vl": processing_qwen2_5_vl.Qwen2_5_VLProcessor,
-    }[family]
-
-    class NoVideo(base):
+    class NoVideo(getattr(transformers, tiny_qwen.PROCESSORS[folder.name])):
         @classmethod
         def get_attributes(cls):
             return ["image_processor", "tokenizer"]
 
-        def __init__(self, image_processor, tokenizer, chat_template):
-            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-            self.vision_start_token, self.vision_end_token = "<|vision_start|>", "<|vision_end|>"
-            ids = tokenizer.convert_tokens_to_ids
-            self.image_token_id, self.video_token_id = ids(self.image_token), ids(self.video_token)
-            self.vision_start_token_id, self.vision_end_token_id = (
-                ids("<|vision_start|>"),
-                ids("<|vision_end|>"),
-            )
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        def __init__(self, *parts, chat_template):
+            for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
+                token = name.removesuffix("_pad") + "_token"
+                setattr(self, token, f"<|{name}|>")
+                setattr(self, f"{token}_id", tiny_qwen.TOKEN[f"<|{name}|>"])
+            transformers.ProcessorMixin.__init__(self, *parts, chat_template=chat_template)
 
-    real = NoVideo(
-        AutoImageProcessor.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-        tiny_qwen.TEMPLATE,
-    )
-    for problem in PROBLEMS[:3]:
-        content = [{"type": "image", "image": p} for p in problem.images] + [
-            {"type": "text", "text": problem.question}
-        ]
-        expected = real.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        got = policy.encode(problem)
-        assert got.ids == expected["input_ids"][0].tolist()
-        assert torch.equal(got.pixels, expected["pixel_values"]) and torch.equal(
-            got.grid, expected["image_grid_thw"]
-        )
+    parts = [transformers.AutoImageProcessor, transformers.AutoTokenizer]
+    parts = [part.from_pretrained(folder) for part in parts]
+    return NoVideo(*parts, chat_template=tiny_qwen.TEMPLATE)
 
 
-def test_teacher_sees_the_pixels_of_the_student(policy, prompts, monkeypatch):
-    monkeypatch.setattr(
-        policy.processor, "image_processor", None
-    )  # would fail if it were asked again
+def test_prompts_equal_those_of_the_real_processor(folder, prompts):
+    """Ids, pixels and grids; `<image>` marks keep their places; nothing needs torchvision."""
+    real = real_processor(folder)
+    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    for problem, content, prompt in zip(PROBLEMS, CONTENTS, prompts):
+        pictures = iter(problem.images)
+        parts = []
+        for text in content:
+            image = {"type": "image", "image": next(pictures)} if text is None else None
+            parts.append(image or {"type": "text", "text": text})
+        chat = [{"role": "user", "content": parts}]
+        expected = real.apply_chat_template(chat, add_generation_prompt=True, **how)
+        assert prompt.ids == expected["input_ids"][0].tolist()
+        if problem.images:
+            assert torch.equal(prompt.pixels, expected["pixel_values"])
+            assert torch.equal(prompt.grid, expected["image_grid_thw"])
+    assert prompt.pixels is None and prompt.grid is None
+    assert "torchvision" not in sys.modules
+
+
+def test_the_teacher_sees_the_pixels_of_the_student(policy, prompts, monkeypatch):
+    """A hinted prompt shares the tensors, and differs by the hint alone."""
+    monkeypatch.setattr(policy.processor, "image_processor", None)  # would fail if asked again
+    hint = "\n\nLook closely at: centre."
     for problem, student in zip(PROBLEMS, prompts):
-        teacher = policy.encode(problem, "Look closely at: centre.", like=student)
+        teacher = policy.encode(problem, hint.strip(), student)
         assert teacher.pixels is student.pixels and teacher.grid is student.grid
-        told = policy.processor.tokenizer.decode(teacher.ids)
-        assert (
-            "Look closely at: centre." in told
-            and "Look" not in policy.processor.tokenizer.decode(student.ids)
-        )
-        assert told.replace(
-            "\n\nLook closely at: centre.", ""
-        ) == policy.processor.tokenizer.decode(student.ids)
+        text = policy.processor.tokenizer.decode(teacher.ids)
+        assert text.count(hint) == 1
+        assert text.replace(hint, "") == policy.processor.tokenizer.decode(student.ids)
 
 
-def test_image_token_in_a_question_is_refused(policy):
-    with pytest.raises(UserError, match="stands for a picture"):
-        policy.encode(Problem([noise_picture(56, 56, 0)], "What is <|image_pad|>?", "1"))
+@pytest.mark.parametrize("question", ["<image> and <image>?", "<|image_pad|>?"])
+def test_pictures_and_their_places_must_be_as_many(policy, question):
+    """One picture, two places."""
+    with pytest.raises(UserError, match="1 pictures, 2 places"):
+        policy.encode(Problem([picture(56, 56, 0)], question, "1"))
 
 
-def test_max_pixels(folder):
-    small = load(folder, max_pixels=64 * 64)
-    assert (
-        small.encode(PROBLEMS[1]).grid.prod(1).max()
-        < load(folder).encode(PROBLEMS[1]).grid.prod(1).max()
-    )
+def test_max_pixels(folder, policy):
+    """It is obeyed, also below the processor's own minimum; 0 stands for never shrink."""
+    side = policy.processor.image_processor.patch_size
+    large = Problem([picture(1400, 1300, 0)], "?", "1")
 
+    def pixels(limit):
+        return int(load(folder, max_pixels=limit).encode(large).grid.prod()) * side**2
 
-# ---------------------------------------------------------------- sampling
-
-
-def test_sampled_log_probs_equal_teacher_forced(policy, prompts):
-    seen = []
-    hook = policy.base.model.register_forward_hook(
-        lambda m, i, out: seen.append(out.last_hidden_state[:, -1])
-    )
-    ids = policy.sample(prompts, uniforms(len(prompts) * G, 1), 1.0)
-    hook.remove()
-    sampled = torch.stack([seen[0].repeat_interleave(G, 0), *seen[1:]], 1)
-    n = sampled.shape[1]
-    with torch.no_grad():
-        forced = policy.forward(prompts, ids)[0]
-    assert n > T // 2
-    difference = log_probs(policy, sampled, ids[:, :n]) - log_probs(
-        policy, forced[:, :n], ids[:, :n]
-    )
-    assert difference.abs().max() < 1e-5
-
-
-@pytest.mark.parametrize(
-    "which", [[0, 1, 2], [3]]
-)  # generate cannot mix prompts with and without pictures
-def test_sampling_equals_generate(policy, plain_model, prompts, which):
-    inputs = [plain_inputs(policy, prompts[b]) for b in which]
-    P = max(len(prompts[b].ids) for b in which)
-    pad = lambda x: torch.cat([x.new_zeros(1, P - x.shape[1]), x], 1)
-    batch = {k: torch.cat([pad(i[k]) for i in inputs]) for k in ("input_ids", "mm_token_type_ids")}
-    batch["attention_mask"] = torch.cat([pad(torch.ones_like(i["input_ids"])) for i in inputs])
-    if "pixel_values" in inputs[0]:
-        batch |= {k: torch.cat([i[k] for i in inputs]) for k in ("pixel_values", "image_grid_thw")}
-    out = plain_model.generate(
-        **batch,
-        do_sample=False,
-        max_new_tokens=T,
-        suppress_tokens=policy.suppress_ids,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    some = [prompts[b] for b in which]
-    ours = policy.sample(some, uniforms(len(which) * G), 0.0).view(len(which), G, T)
-    assert (ours == ours[:, :1]).all()  # greedy: no difference within a group
-    theirs = out.sequences[:, P:]
-    n = theirs.shape[1]
-    stop = torch.isin(ours[:, 0, :n], torch.tensor(policy.stop_ids))
-    mask = stop.cumsum(1) - stop.long() == 0
-    assert n == T and torch.equal(ours[:, 0, :n][mask], theirs[mask])
-    with torch.no_grad():
-        hidden = policy.forward(some, ours[:, 0])[0][:, :n]
-    expected = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, theirs[..., None])[..., 0]
-    assert (log_probs(policy, hidden, ours[:, 0, :n]) - expected)[mask].abs().max() < 1e-5
-
-
-def test_inverse_cumulative_sampling(policy, prompts, answers):
-    """Each token is the one whose slice of the cumulative distribution holds the uniform."""
-    with torch.no_grad():
-        logits = policy.forward(prompts, answers)[0] @ policy.head_weight.T
-    logits[..., policy.suppress_ids] = -torch.inf
-    upper = logits.double().softmax(-1).cumsum(-1)
-    stop = torch.isin(answers, torch.tensor(policy.stop_ids))
-    mask, u = stop.cumsum(1) - stop.long() == 0, uniforms(len(answers))
-    high = upper.gather(-1, answers[..., None])[..., 0]
-    low = (upper - logits.double().softmax(-1)).gather(-1, answers[..., None])[..., 0]
-    assert mask.sum() > len(answers) * T / 2
-    assert ((u < high + 1e-5) & (u > low - 1e-5))[mask].all()
-    # u = 0 takes the first token that has a probability, never a suppressed one
-    policy.suppress_ids, kept = [*policy.suppress_ids, 0, 1], policy.suppress_ids
-    first = policy.sample(prompts[:1], torch.zeros(1, 1, dtype=torch.double), 1.0)
-    policy.suppress_ids = kept
-    assert first.item() == 2
-
-
-def test_stop_tokens_and_no_image_tokens(policy, prompts):
-    kept = policy.stop_ids
-    policy.stop_ids = list(range(100, 264))
-    ids = policy.sample(prompts, uniforms(len(prompts) * 8, 3), 1.0)
-    policy.stop_ids = kept
-    ended = ids >= 100
-    assert ended.any() and not ended.all()
-    for row, end in zip(ids, ended.int().argmax(1)):
-        if (row >= 100).any():
-            assert (row[end + 1 :] == 100).all() and (row[:end] < 100).all()
-    wild = policy.sample(
-        prompts, uniforms(len(prompts) * 64, 4), 1e4
-    )  # nearly uniform over the vocabulary
-    assert (
-        not torch.isin(wild, torch.tensor(policy.suppress_ids)).any() and len(wild.unique()) > 240
-    )
-    assert kept == [258, 256]
-
-
-def test_sampling_in_parts_and_order_of_prompts(policy, prompts, answers):
-    u = uniforms(len(prompts) * G)
-    policy.sample_batch, kept = G, policy.sample_batch
-    parts = policy.sample(prompts, u, 1.0)
-    policy.sample_batch = kept
-    turned = policy.sample(prompts[::-1], u.view(-1, G, T).flip(0).view(-1, T), 1.0)
-    assert torch.equal(parts, answers) and torch.equal(
-        turned.view(-1, G, T).flip(0).view(-1, T), answers
-    )
-
-
-# ---------------------------------------------------------------- teacher-forced pass
-
-
-def test_packed_row_equals_one_row_per_sample(policy, plain_model, prompts, answers):
-    """Hidden states, gradients of every parameter: the plain model, answer by answer."""
-    probe = torch.randn(len(answers), T, 64, generator=torch.Generator().manual_seed(1))
-    hidden, looks = policy.forward(prompts, answers)
-    expected = torch.stack(
-        [plain_hidden(plain_model, policy, prompts[n // G], a) for n, a in enumerate(answers)]
-    )
-    assert looks is None and hidden.dtype == torch.float32
-    assert (hidden - expected).abs().max() < 1e-5
-    for model, h in ((policy, hidden), (plain_model, expected)):
-        model.zero_grad()
-        (h * probe).mean().backward()
-    pairs = list(zip(policy.model.named_parameters(), plain_model.named_parameters()))
-    for (name, ours), (other, theirs) in pairs:
-        assert name == other
-        if theirs.grad is None:  # a head of its own
-            assert ours.grad is None and "lm_head" in name
-        else:
-            assert (ours.grad - theirs.grad).abs().max() < 1e-5 * max(1, theirs.grad.abs().max()), (
-                name
-            )
-    assert sum(p.grad is not None and p.grad.abs().sum() > 0 for (_, p), _ in pairs) > 50
-
-
-def test_left_padding_changes_nothing(policy, prompts, answers):
-    with torch.no_grad():
-        mask = torch.ones_like(answers)
-        together, looks = policy.forward(prompts, answers, mask, [1])
-        for b, prompt in enumerate(prompts[:3]):
-            rows = slice(b * G, b * G + G)
-            alone, look = policy.forward([prompt], answers[rows], mask[rows], [1])
-            assert (together[rows] - alone).abs().max() < 1e-5
-            R = len(policy.region_names(prompt))
-            assert (looks[:, rows, :R] - look).abs().max() < 1e-6 and (
-                looks[:, rows, R:] == 0
-            ).all()
-
-
-def test_answers_of_one_token(policy, plain_model, prompts, answers):
-    with torch.no_grad():
-        hidden, looks = policy.forward(prompts, answers[:, :1], torch.ones(len(answers), 1), [0])
-        expected = plain_hidden(plain_model, policy, prompts[1], answers[G, :1])
-    assert hidden.shape == (len(answers), 1, 64) and looks.shape == (1, len(answers), 18)
-    assert (hidden[G] - expected).abs().max() < 1e-5
-
-
-def test_columns_behind_the_longest_answer_cost_nothing(policy, prompts, answers):
-    """Five columns more: hidden states are 0 there, the same before, in a row no longer."""
-    rows, stop = [], torch.full((len(answers), 5), policy.stop_ids[0])
-    hook = policy.base.model.register_forward_hook(lambda m, i, out: rows.append(out[0].shape[1]))
-    with torch.no_grad():
-        mask = torch.ones_like(answers)
-        short, looks = policy.forward(prompts, answers, mask, [0])
-        wide = torch.cat([answers, stop], 1)
-        long, same = policy.forward(prompts, wide, torch.cat([mask, 0 * stop], 1), [0])
-    hook.remove()
-    assert rows[1] - rows[0] <= G  # at most the column of an end that did not fit before
-    assert (long[:, :T] - short).abs().max() < 1e-5 and (long[:, T + 1 :] == 0).all()
-    assert torch.allclose(looks, same, atol=1e-6)
-
-
-def test_samples_of_a_group_do_not_see_each_other(policy, prompts, answers):
-    other = answers.clone()
-    other[1] = (other[1] + 1) % 250
-    with torch.no_grad():
-        a, b = policy.forward(prompts, answers)[0], policy.forward(prompts, other)[0]
-    assert (a[0] - b[0]).abs().max() < 1e-6 and (a[2:] - b[2:]).abs().max() < 1e-6
-    assert (a[1, 1:] - b[1, 1:]).abs().max() > 1e-2 and (a[1, 0] - b[1, 0]).abs().max() < 1e-6
-
-
-def test_probe_equals_eager_attention(policy, plain_model, prompts, answers):
-    mask = torch.rand(answers.shape, generator=torch.Generator().manual_seed(2)) < 0.6
-    mask[:, 0] = True
-    layers = [2, 0]
-    with torch.no_grad():
-        before = policy.forward(prompts, answers)[0]
-        hidden, looks = policy.forward(prompts, answers, mask, layers)
-        assert torch.equal(before, hidden)  # looking changes nothing
-        plain_model.set_attn_implementation({"text_config": "eager"})
-        for n, answer in enumerate(answers[: 3 * G]):
-            prompt = prompts[n // G]
-            inputs = plain_inputs(policy, prompt, answer.tolist()[:-1])
-            maps = plain_model.model(**inputs, output_attentions=True).attentions
-            assert len(maps) == policy.num_layers
-            for k, layer in enumerate(layers):
-                rows = maps[layer][0].mean(0)[
-                    len(prompt.ids) - 1 :
-                ]  # the rows that predict the answer
-                mean = rows[mask[n]].mean(0)[: len(prompt.ids)]
-                expected = average_by_hand(
-                    mean[torch.tensor(prompt.ids) == policy.image_id], prompt.grid // 2
-                )
-                assert (looks[k, n, : len(expected)] - expected).abs().max() < 1e-6
-        plain_model.set_attn_implementation({"text_config": "sdpa"})
-    assert looks[:, : 3 * G].amax(-1).min() > 1e-4 and (looks[:, 3 * G :] == 0).all()
-
-
-def average_by_hand(values, grid):
-    """Mean over the tokens whose centre lies in each ninth of each picture."""
-    out = []
-    for _, h, w in grid.tolist():
-        cells, values = values[: h * w].view(h, w), values[h * w :]
-        for r in range(3):
-            for c in range(3):
-                inside = [
-                    cells[i, j]
-                    for i in range(h)
-                    for j in range(w)
-                    if r / 3 <= (i + 0.5) / h < (r + 1) / 3 and c / 3 <= (j + 0.5) / w < (c + 1) / 3
-                ]
-                out.append(torch.stack(inside).mean() if inside else torch.zeros(()))
-    return torch.stack(out)
-
-
-def test_one_hot_attention_by_hand():
-    """Two keys of the prompt, one of the answer; a huge score takes all attention."""
-    q = torch.tensor([[[[100.0, 0.0]], [[0.0, 100.0]]]])  # two heads share the keys
-    k = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]]])
-    looks = read_attention(q, k, torch.ones(1, 1, 1, 3, dtype=torch.bool), torch.ones(1, 1), 1.0)
-    assert torch.allclose(looks, torch.tensor([[0.5, 0.5]]))
-
-
-# ---------------------------------------------------------------- regions
+    assert 1000 < pixels(56 * 56 - 1) < 56 * 56
+    assert 30_000 < pixels(40_000) <= 40_000
+    assert pixels(0) == pytest.approx(1400 * 1300, rel=0.05)
 
 
 @pytest.mark.parametrize("size", [(252, 252), (336, 252), (150, 340)])
-def test_painted_patch_has_the_right_word(policy, size):
-    """Paint one ninth: the image tokens that change are in the region of that name."""
-    blank = Image.new("RGB", size, "black")
-    for which in (0, 1):
-        clean = policy.encode(Problem([blank, blank], "?", "1"))
-        names = policy.region_names(clean)
-        table = policy.regions([clean], len(clean.ids) - 1)[0]
-        assert torch.allclose(table.sum(0), torch.ones(18))
-        for i, place in enumerate(PLACES):
-            painted = blank.copy()
-            x, y = (i % 3 + 0.5) / 3 * size[0], (i // 3 + 0.5) / 3 * size[1]
-            ImageDraw.Draw(painted).rectangle([x - 8, y - 8, x + 8, y + 8], fill="white")
-            pictures = [painted, blank] if which == 0 else [blank, painted]
-            changed = (
-                (policy.encode(Problem(pictures, "?", "1")).pixels - clean.pixels).abs().sum(1)
-            )
-            tokens = changed.view(-1, policy.merge**2).sum(
-                1
-            )  # patches of a token follow each other
-            columns = (torch.tensor(clean.ids[:-1]) == policy.image_id).nonzero()[:, 0]
-            score = (table * torch.zeros(len(table)).index_put((columns,), tokens)[:, None]).sum(0)
-            assert names[score.argmax()] == f"picture {which + 1}: {place}"
-            assert score.max() > 0.9 * score.sum()
+def test_painted_places(policy, size):
+    """Paint one ninth of a picture: attention to the tokens that change is in that region."""
+    blank = Image.new("RGB", size)
+    clean = policy.encode(Problem([blank, blank], "?", "1"))
+    names = policy.region_names(clean)
+    assert names == [f"picture {i}: {place}" for i in (1, 2) for place in PLACES]
+    columns = torch.tensor(clean.ids[:-1]) == policy.image_id
+    for region in range(18):
+        pictures = [blank.copy(), blank.copy()]
+        x = (region % 3 + 0.5) / 3 * size[0]
+        y = (region % 9 // 3 + 0.5) / 3 * size[1]
+        pen = ImageDraw.Draw(pictures[region // 9])
+        pen.rectangle([x - 8, y - 8, x + 8, y + 8], fill="white")
+        change = policy.encode(Problem(pictures, "?", "1")).pixels - clean.pixels
+        # The patches of a token follow each other.
+        weights = change.abs().sum(1).view(-1, policy.merge**2).sum(1)
+        attention = torch.zeros(len(columns)).masked_scatter(columns, weights)
+        found = policy.by_region([clean], attention[None, None])[0, 0]
+        assert found.argmax() == region and found.max() > 0.8 * found.sum(), names[region]
 
 
-def test_names_of_one_picture_and_of_none(policy, prompts):
-    assert policy.region_names(prompts[0]) == PLACES and policy.region_names(prompts[3]) == []
-    assert len(set(policy.region_names(prompts[1]))) == 18
+# --------------------------------------------------------------------------------------- sampling
+def test_answers_follow_the_distribution(policy, plain, prompts, answers):
+    """Greedy: the likeliest word. Sampled: the first whose cumulative probability exceeds u."""
+    u = uniforms(4 * G)
+    greedy = policy.sample(prompts, u, True)
+    assert torch.equal(greedy[::G].repeat_interleave(G, 0), greedy)
+    for ids in (greedy, answers):
+        mask = mask_of(policy, ids)
+        assert mask.sum() > len(ids) * T / 2
+        with torch.no_grad():
+            hidden = expected_hidden(plain, policy, prompts, ids)
+        p = allowed_logits(policy, hidden).double().softmax(-1)
+        chosen = p.gather(-1, ids[..., None])[..., 0]
+        upper = p.cumsum(-1).gather(-1, ids[..., None])[..., 0]
+        if ids is greedy:
+            assert (chosen > p.amax(-1) - 1e-6)[mask].all()
+        else:
+            assert ((u < upper + 1e-5) & (u > upper - chosen - 1e-5))[mask].all()
 
 
-# ---------------------------------------------------------------- reference, adapters, precision
+def test_ends_and_words_that_may_not_be_said(policy, prompts, monkeypatch):
+    """Padding follows an end; pictures are never said, not even where u is 0, and at random."""
+    assert policy.stop_ids == [258, 256] and policy.suppress_ids == [262, 263]
+    many = policy.sample(prompts, uniforms(4 * 300, 4), False)
+    assert not torch.isin(many, torch.tensor(policy.suppress_ids)).any()
+    assert len(many.unique()) == V - 2
+    monkeypatch.setattr(policy, "suppress_ids", [262, 263, 0, 1])
+    assert policy.sample(prompts[:1], torch.zeros(1, 1, dtype=torch.double), False).item() == 2
+    monkeypatch.setattr(policy, "stop_ids", list(range(100, V)))
+    ids = policy.sample(prompts, uniforms(32, 3), False)
+    behind = (ids >= 100).cumsum(1) - (ids >= 100).long() > 0
+    assert behind.any() and (ids[behind] == 100).all()
 
 
-def test_reference_without_adapters(policy, prompts, answers):
+def test_parts_and_the_order_of_prompts_change_nothing(policy, prompts, answers, monkeypatch):
+    """Batches of one prompt, and prompts from the last to the first."""
+    u = uniforms(4 * G)
+    turned = policy.sample(prompts[::-1], u.view(4, G, T).flip(0).view(-1, T), False)
+    assert torch.equal(turned.view(4, G, T).flip(0).view(-1, T), answers)
+    monkeypatch.setattr(policy, "config", replace(policy.config, sample_batch=G))
+    assert torch.equal(policy.sample(prompts, u, False), answers)
+
+
+# ----------------------------------------------------------------------------------- forward pass
+def test_packed_row_equals_one_row_an_answer(policy, plain, prompts, answers):
+    """Hidden states, log-probs and the gradients of all parameters."""
+    hidden, attention = policy.forward(prompts, answers)
+    expected = expected_hidden(plain, policy, prompts, answers)
+    assert attention is None and hidden.dtype == torch.float32
+    assert (hidden - expected).abs().max() < 1e-5
+    mask = mask_of(policy, answers)
+    groups = SimpleNamespace(completion=answers, mask=mask)
+    logp = ptdpo.completion_logp(policy, hidden.detach(), groups)
+    log_p = allowed_logits(policy, expected.detach()).log_softmax(-1)
+    assert (logp - log_p.gather(-1, answers[..., None])[..., 0])[mask].abs().max() < 1e-5
+    assert (logp[~mask] == 0).all()
+    probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    theirs = dict(plain.named_parameters())
+    for model, states in ((policy.model, hidden), (plain, expected)):
+        model.zero_grad()
+        (states * probe).mean().backward()
+    for name, p in policy.model.named_parameters():
+        if theirs[name].grad is None:  # a head of its own
+            assert p.grad is None and "lm_head" in name
+        else:
+            gap = (p.grad - theirs[name].grad).abs().max()
+            assert gap < 1e-5 * max(1, theirs[name].grad.abs().max()), name
+    policy.zero_grad()
+
+
+def test_padding_changes_nothing(policy, prompts, answers):
+    """On the left, by longer prompts; on the right, by longer answers: it costs no column."""
+    mask = torch.ones_like(answers)
+    rows = []
+    hook = policy.base.model.register_forward_hook(lambda m, i, out: rows.append(out[0].shape[1]))
+    with torch.no_grad():
+        together, attention = policy.forward(prompts, answers, mask, [1])
+        for b, prompt in enumerate(prompts[:3]):
+            own = slice(b * G, b * G + G)
+            hidden, looks = policy.forward([prompt], answers[own], mask[own], [1])
+            assert (together[own] - hidden).abs().max() < 1e-5
+            R = len(policy.region_names(prompt))
+            assert (attention[:, own, :R] - looks).abs().max() < 1e-6
+            assert (attention[:, own, R:] == 0).all()
+        padding = torch.full((4 * G, 5), policy.stop_ids[0])
+        wide = torch.cat([answers, padding], 1)
+        hidden, looks = policy.forward(prompts, wide, torch.cat([mask, 0 * padding], 1), [1])
+        first, _ = policy.forward(prompts, answers[:, :1])
+    hook.remove()
+    assert (hidden[:, :T] - together).abs().max() < 1e-5 and (hidden[:, T + 1 :] == 0).all()
+    assert torch.allclose(attention, looks, atol=1e-6)
+    assert rows[4] - rows[0] <= G  # at most the column of an end that did not fit before
+    assert (first - together[:, :1]).abs().max() < 1e-5
+
+
+def test_answers_of_a_group_do_not_see_each_other(policy, prompts, answers):
+    """Another answer 1: all states of the others stay, and its own first one."""
+    other = answers.clone()
+    other[1] = (other[1] + 1) % 250
+    with torch.no_grad():
+        change = (policy.forward(prompts, answers)[0] - policy.forward(prompts, other)[0]).abs()
+    assert change[1, 1:].max() > 1e-2
+    change[1, 1:] = 0
+    assert change.max() < 1e-6
+
+
+def mean_by_hand(values, grid):
+    """Mean of the values of the tokens whose centre lies in each ninth of each picture."""
+    found = []
+    for _, height, width in grid.tolist():
+        for place in range(9):
+            inside = []
+            for i in range(height * width):
+                row = math.floor((i // width + 0.5) / height * 3)
+                column = math.floor((i % width + 0.5) / width * 3)
+                if 3 * row + column == place:
+                    inside.append(values[i].item())
+            found.append(sum(inside) / max(1, len(inside)))
+        values = values[height * width :]
+    return torch.tensor(found)
+
+
+def test_recorded_attention_equals_eager_attention(policy, plain, prompts, answers):
+    """By layer, a mean over heads, over the tokens in mask and over the tokens of a region."""
+    mask = torch.rand(answers.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    mask[:, 0] = True
+    with torch.no_grad():
+        before, _ = policy.forward(prompts, answers)
+        hidden, attention = policy.forward(prompts, answers, mask, [2, 0])
+        plain.set_attn_implementation({"text_config": "eager"})
+        rows = each_alone(plain, policy, prompts[:3], answers[: 3 * G], output_attentions=True)
+        for n, (prompt, output) in enumerate(rows):
+            for k, layer in enumerate((2, 0)):
+                maps = output.attentions[layer][0].mean(0)[len(prompt.ids) - 1 :]
+                to_prompt = maps[mask[n]].mean(0)[: len(prompt.ids)]
+                to_tokens = to_prompt[torch.tensor(prompt.ids) == policy.image_id]
+                expected = mean_by_hand(to_tokens, prompt.grid // 2)
+                assert (attention[k, n, : len(expected)] - expected).abs().max() < 1e-6
+        plain.set_attn_implementation({"text_config": "sdpa"})
+    assert torch.equal(before, hidden)  # to look changes nothing
+    assert attention[:, : 3 * G].amax(-1).min() > 1e-4
+    assert (attention[:, 3 * G :] == 0).all()  # no picture, no region
+
+
+# ------------------------------------------------------------------------ what learns, what stays
+def test_the_reference_is_a_frozen_copy(policy, prompts, answers):
+    """It does not move with the policy, and does not learn."""
     ref = policy.frozen_copy()
-    assert not any(p.requires_grad for p in ref.parameters()) and any(
-        p.requires_grad for p in policy.parameters()
-    )
+    assert not any(p.requires_grad for p in ref.parameters())
+    weight = policy.base.model.language_model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
         before = ref.forward(prompts, answers)[0]
-        weight = policy.base.model.language_model.layers[0].mlp.up_proj.weight
-        kept = weight.clone()
         weight.mul_(0.5)
-        after, moved = ref.forward(prompts, answers)[0], policy.forward(prompts, answers)[0]
-        weight.copy_(kept)
-        assert torch.equal(before, after) and not torch.allclose(before, moved)
+        moved = policy.forward(prompts, answers)[0]
+        after = ref.forward(prompts, answers)[0]
+        weight.mul_(2)
         assert torch.equal(before, policy.forward(prompts, answers)[0])
+    assert torch.equal(before, after) and not torch.allclose(before, moved)
 
 
-def test_lora_reference_is_the_base(folder, prompts, answers):
-    plain, lora = load(folder), load(folder, lora=4)
-    trained = [n for n, p in lora.named_parameters() if p.requires_grad]
-    assert trained and all(".lora_" in n and "language_model" in n for n in trained)
-    assert len(trained) == 2 * 7 * lora.num_layers
+def test_with_adapters_the_reference_is_the_model_without_them(folder, prompts, answers):
+    """Alone they learn, in every layer; the reference may run between a pass and its gradient."""
+    plain = load(folder)
+    lora = load(folder, lora=4)
     ref = lora.frozen_copy()
-    assert ref.model is lora.model
+    learned = [p for p in lora.parameters() if p.requires_grad]
+    names = [name for name, p in lora.named_parameters() if p.requires_grad]
+    assert all(".lora_" in name and "language_model" in name for name in names)
+    assert len(names) == 2 * 7 * lora.num_layers and ref.model is lora.model
+    u = uniforms(12)
     with torch.no_grad():
-        base = plain.forward(prompts, answers)[0]
-        assert torch.equal(base, lora.forward(prompts, answers)[0])  # B starts at 0
-        for p in lora.parameters():
-            if p.requires_grad:
-                p.add_(0.05)
-        assert not torch.allclose(base, lora.forward(prompts, answers)[0])
-        assert torch.equal(base, ref.forward(prompts, answers)[0])
-        assert torch.equal(
-            plain.sample(prompts, uniforms(12), 1.0), ref.sample(prompts, uniforms(12), 1.0)
-        )
-        assert not torch.equal(
-            plain.sample(prompts, uniforms(12), 1.0), lora.sample(prompts, uniforms(12), 1.0)
-        )
-    hidden = lora.forward(prompts, answers)[
-        0
-    ]  # the reference may run between the pass and its gradient
+        start = plain.forward(prompts, answers)[0]
+        assert torch.equal(start, lora.forward(prompts, answers)[0])
+        for p in learned:
+            p.add_(0.05)
+        assert not torch.allclose(start, lora.forward(prompts, answers)[0])
+        assert torch.equal(start, ref.forward(prompts, answers)[0])
+    assert torch.equal(plain.sample(prompts, u, False), ref.sample(prompts, u, False))
+    assert not torch.equal(plain.sample(prompts, u, False), lora.sample(prompts, u, False))
+    hidden, _ = lora.forward(prompts, answers)
     with torch.no_grad():
         ref.forward(prompts, answers)
     hidden.mean().backward()
-    assert all(p.grad is not None for p in lora.parameters() if p.requires_grad)
-    assert lora.base.model.visual.dtype == torch.float32 and not lora.head_weight.requires_grad
+    assert all(p.grad is not None for p in learned)
 
 
-def test_lora_keeps_adapters_in_float32_on_a_bfloat16_base(folder, prompts, answers):
-    lora = load(folder, lora=4, dtype="bfloat16")
-    kinds = {(".lora_" in n, p.dtype) for n, p in lora.named_parameters()}
-    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-    assert lora.head_weight.dtype == torch.float32
-    hidden = lora.forward(prompts, answers)[0]
-    hidden.square().mean().backward()
-    before = {n: p.detach().clone() for n, p in lora.named_parameters() if p.requires_grad}
-    torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-6).step()
-    moved = [(p != before[n]).float().mean() for n, p in lora.named_parameters() if "lora_B" in n]
-    assert min(moved) > 0.9 and hidden.dtype == torch.float32
-
-
-def test_bfloat16_computing_keeps_float32_weights(folder, prompts, answers):
-    exact, policy = (
-        load(folder, train_vision=True),
-        load(folder, dtype="bfloat16", train_vision=True),
-    )
-    assert all(p.dtype == torch.float32 for p in policy.parameters())
-    ref = policy.frozen_copy()
-    assert ref.base.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    mask = torch.ones_like(answers)
-    hidden, looks = policy.forward(prompts, answers, mask, [0])
-    with torch.no_grad():
-        true, looks_true = exact.forward(prompts, answers, mask, [0])
-        again, looks_again = ref.forward(prompts, answers, mask, [0])
-        assert torch.equal(hidden, again) and torch.equal(
-            looks, looks_again
-        )  # KL is exactly 0 at step 0
-        rough = (log_probs(policy, hidden, answers) - log_probs(exact, true, answers)).abs()
-        assert 1e-5 < rough.mean() < 0.1 and (looks - looks_true).abs().max() < 0.02
-        assert torch.equal(
-            policy.sample(prompts, uniforms(12), 1.0), ref.sample(prompts, uniforms(12), 1.0)
-        )
-    hidden.mean().backward()
-    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in policy.parameters())
-
-
-@pytest.mark.parametrize("rank", [0, 4])
-def test_logits_of_sampling_are_float32(folder, prompts, rank):
-    from torch.overrides import TorchFunctionMode
-
-    kinds = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if (
-                isinstance(out, torch.Tensor)
-                and out.dim() == 2
-                and out.shape[-1] == 264
-                and "matmul" in function.__name__
-            ):
-                kinds.append(out.dtype)
-            return out
-
-    policy = load(folder, lora=rank, dtype="bfloat16")
-    with Watch():
-        policy.sample(prompts, uniforms(len(prompts), length=2), 1.0)
-    assert kinds == [torch.float32] * 2
-
-
-def test_checkpointing_gives_the_same_gradients(folder, prompts, answers):
-    grads = []
+@pytest.mark.parametrize("rank", [0, 2])
+def test_checkpointing_changes_nothing(folder, prompts, answers, rank):
+    """Layers run again for the gradient, which is the same; sampling has its cache as before."""
+    gradients = []
     for on in (False, True):
-        policy = load(folder, checkpointing=on, train_vision=True)
-        ids = policy.sample(prompts, uniforms(12), 1.0)
+        policy = load(folder, checkpointing=on, lora=rank, train_vision=rank == 0)
         calls = []
         layer = policy.base.model.language_model.layers[0].mlp
-        layer.register_forward_pre_hook(lambda *a, calls=calls: calls.append(1))
-        hidden, _ = policy.forward(prompts, ids)
-        hidden.square().mean().backward()
-        assert len(calls) == 1 + on  # the layer was run again for the gradient
-        assert torch.equal(policy.sample(prompts, uniforms(12), 1.0), ids)
-        grads.append([p.grad for p in policy.parameters()])
-    assert torch.equal(ids, answers)
-    for a, b in zip(*grads):
-        assert (a is None and b is None) or (a - b).abs().max() < 1e-6
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        assert torch.equal(policy.sample(prompts, uniforms(12), False), answers)
+        calls.clear()
+        policy.forward(prompts, answers)[0].square().mean().backward()
+        assert len(calls) == 1 + on
+        gradients.append({n: p.grad for n, p in policy.named_parameters()})
+    for name, first in gradients[0].items():
+        assert (first is None) == (gradients[1][name] is None), name
+        assert first is None or (first - gradients[1][name]).abs().max() < 1e-6, name
 
 
-def test_frozen_vision(folder, prompts, answers):
-    policy = load(folder)
-    policy.forward(prompts, answers)[0].mean().backward()
-    got = {
-        n.split(".")[2]: p.grad is not None
-        for n, p in policy.named_parameters()
-        if "lm_head" not in n
-    }
-    assert got == {"visual": False, "language_model": True}
+def test_the_vision_tower_learns_if_it_is_told_to(folder, prompts, answers):
+    """Otherwise it has no gradient, and no optimizer state."""
+    for train_vision in (False, True):
+        policy = load(folder, train_vision=train_vision)
+        policy.forward(prompts, answers)[0].mean().backward()
+        found = {}
+        for name, p in policy.base.model.named_parameters():
+            found.setdefault(name.split(".")[0], set()).add(p.grad is not None)
+        assert found == {"visual": {train_vision}, "language_model": {True}}
 
 
-# ---------------------------------------------------------------- saving
+class Watch(TorchFunctionMode):
+    """Notes what functions of torch are called: names, tensors that go in, and what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, result) if torch.is_tensor(x)]
+        self.calls.append((function.__name__, [(tuple(x.shape), x.dtype) for x in tensors]))
+        return result
+
+
+def whole_loss(policy, ref, batch, config):
+    """The loss of a batch with the logits of all tokens at once, for autograd."""
+    hidden, _ = policy.forward(batch.prompts, batch.completion)
+    logits = hidden @ policy.head_weight.T
+    refused = torch.zeros(V).index_fill(0, torch.tensor(policy.suppress_ids), ptdpo.FLOOR)
+    logp = (logits + refused).log_softmax(-1).gather(-1, batch.completion[..., None])[..., 0]
+    policy_loss = -(logp - logp.detach()).exp() * batch.advantages[:, None]
+    d = batch.logp_ref - logp
+    kl = (logp - logp.detach()).exp() * (d.exp() - d - 1)
+    mean = batch.mask / batch.mask.sum(1, keepdim=True) / len(logp)
+    loss = (mean * (policy_loss + config.kl_weight * kl)).sum()
+    tutored = batch.mask & batch.distill[:, None]
+    states = torch.cat([states for states in batch.teacher if states is not None])
+    teacher = states @ ref.head_weight.T + refused
+    distance = ptdpo.topk_jsd((logits + refused)[tutored], teacher, config.top_k)
+    return loss + config.distill_weight * distance.mean()
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+def test_update_of_a_mixed_batch_equals_autograd(folder, monkeypatch, micro):
+    """Text-only and pictures; the tied head has the gradients of both its uses; no [N, V]."""
+    config = ptdpo.Config(
+        model=str(folder), prompts=4, group=G, micro_batch=micro, kl_weight=0.5, train_vision=True
+    )
+    policy = ptdpo.HFPolicy(config)
+    ref = policy.frozen_copy()
+    with torch.no_grad():
+        policy.head_weight.mul_(3)  # the KL and the JSD are well above 0
+    _, _, batch = make_batch(policy, ref, Parity(), config)
+    assert batch.distill.any() and not batch.distill.all() and batch.advantages.any()
+    expected = torch.autograd.grad(whole_loss(policy, ref, batch, config), policy.parameters())
+    expected = torch.cat([grad.flatten() for grad in expected])
+    monkeypatch.setattr(ptdpo.head_backward, "__defaults__", (4,))
+    monkeypatch.setattr(ptdpo, "CHUNK", 4)
+    with Watch() as watch:
+        found, _, _ = gradient(policy, ref, batch, config)
+    assert close(found, expected, 2e-5)
+    tied = policy.head_weight is policy.base.model.get_input_embeddings().weight
+    assert tied == (folder.name != "qwen2_5_vl")
+    assert all(p.grad is None for p in policy.parameters())  # the rollout needs the memory
+    shapes = [shape for _, tensors in watch.calls for shape, _ in tensors if V in shape]
+    largest = max(math.prod(shape) for shape in shapes)
+    assert largest == 64 * V < batch.mask.sum() * V  # the head itself, and no [N, V]
+
+
+# ---------------------------------------------------------------------- what a GPU will ask for
+class OnCPU(torch.autocast):
+    """Autocast as on a GPU, which works on a CPU as well."""
+
+    def __init__(self, device_type, *args, **kwargs):
+        super().__init__("cpu", *args, **kwargs)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_save_and_load(family, rank, tmp_path, prompts, answers):
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-    )
+def test_precisions(folder, prompts, answers, monkeypatch, rank):
+    """What learns is float32, products are bfloat16: queries, keys, values, also in the cache.
 
-    source = tmp_path / "source"
-    source.mkdir()
-    tiny_qwen.save(source, family, dtype=torch.bfloat16)
-    policy = load(source, lora=rank)
+    Logits and gradients are float32; the reference is the policy, bit for bit.
+    """
+    narrow = torch.bfloat16
+    plain_load = ptdpo.load_model
+    monkeypatch.setattr(ptdpo, "load_model", lambda config, _: plain_load(config, narrow))
+    monkeypatch.setattr(torch, "autocast", OnCPU)
+    policy = load(folder, lora=rank)
+    policy.dtype = narrow
+    ref = policy.frozen_copy()
+    for name, p in policy.named_parameters():
+        assert p.dtype == (torch.float32 if rank == 0 or p.requires_grad else narrow), name
+    cache = ptdpo.narrow_cache()
+    monkeypatch.setattr(ptdpo, "narrow_cache", lambda: cache)
+    mask = torch.ones_like(answers)
+    with Watch() as watch:
+        policy.sample(prompts, uniforms(4, length=5), False)
+        hidden, looks = policy.forward(prompts, answers, mask, [0])
+    hidden.square().mean().backward()
     with torch.no_grad():
-        for p in policy.parameters():
-            p.add_(0.02 * torch.randn(p.shape)) if p.requires_grad else None
-    out = tmp_path / "out"
-    save_hf(policy, out)
-    again = load(out)
-    assert AutoConfig.from_pretrained(out).dtype == torch.bfloat16
-    assert {p.dtype for p in AutoModelForImageTextToText.from_pretrained(out).parameters()} == {
-        torch.bfloat16
-    }
-    tied = again.base.config.tie_word_embeddings
-    assert (again.head_weight is again.base.model.language_model.embed_tokens.weight) == tied
-    for file in SOURCE_FILES:
-        assert (source / file).exists() == (out / file).exists()
-        assert (
-            not (source / file).exists()
-            or (source / file).read_bytes() == (out / file).read_bytes()
-        )
-    assert (
-        AutoTokenizer.from_pretrained(out)("hi")["input_ids"]
-        == policy.processor.tokenizer("hi")["input_ids"]
-    )
-    pixels = AutoImageProcessor.from_pretrained(out)(PROBLEMS[0].images, return_tensors="pt")[
-        "pixel_values"
-    ]
-    assert torch.equal(pixels, prompts[0].pixels)
-    with torch.no_grad():
-        a, b = policy.forward(prompts, answers)[0], again.forward(prompts, answers)[0]
-        start = load(source).forward(prompts, answers)[0]
-    assert (
-        (a - b).abs().mean() < 0.03 < 0.1 < (a - start).abs().mean()
-    )  # bfloat16 rounding, and no more
+        again, looks_again = ref.forward(prompts, answers, mask, [0])
+    attended = set()
+    logits = set()
+    for name, tensors in watch.calls:
+        if name == "scaled_dot_product_attention" and tensors[0][0][1] == 4:  # heads of the decoder
+            attended |= {dtype for _, dtype in tensors[:3]}
+        if name == "double":  # to be summed up
+            logits.add(tensors[0])
+    assert attended == {narrow} and logits == {((4, V), torch.float32)}
+    assert {(x.keys.dtype, x.values.dtype) for x in cache.layers} == {(narrow, narrow)}
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert {x.dtype for x in (hidden, looks, *gradients)} == {torch.float32}
+    assert torch.equal(hidden, again) and torch.equal(looks, looks_again)  # the KL begins at 0
 
 
-def test_merging_is_exact_in_float32(folder, tmp_path, prompts, answers):
-    policy = load(folder, lora=4)
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.add_(0.02 * torch.randn(p.shape)) if p.requires_grad else None
-        before = policy.forward(prompts, answers)[0]
-        save_hf(policy, tmp_path)
-        assert torch.equal(
-            before, policy.forward(prompts, answers)[0]
-        )  # saving leaves the policy alone
-        assert (before - load(tmp_path).forward(prompts, answers)[0]).abs().max() < 1e-5
+def test_products_keep_the_digits_of_logits():
+    """bfloat16 operands, float32 result: as exact as float32 can be."""
+    stream = torch.Generator().manual_seed(0)
+    a = torch.randn(50, 300, generator=stream).bfloat16()
+    b = torch.randn(300, 70, generator=stream).bfloat16()
+    for left in (a, a.float()):
+        found = ptdpo.product(left, b)
+        assert found.dtype == torch.float32
+        assert (found - a.double() @ b.double()).abs().max() < 1e-4
+    assert ptdpo.product(a.double(), b).dtype == torch.float64
 
 
-def test_what_cannot_be_loaded(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    for name, reason in ((tmp_path, "not Qwen2-VL"), (tmp_path / "nothing", "give a folder")):
-        with pytest.raises(UserError, match=reason) as error:
-            load(name)
-        assert "\n" not in str(error.value)
+def test_decoding_seldom_waits_for_the_gpu(policy, prompts, monkeypatch):
+    """64 tokens more: at most 4 questions to the device, and nothing that is sent to it."""
+    names = "tensor as_tensor from_numpy __bool__ __int__ item tolist nonzero cpu numpy".split()
+    monkeypatch.setattr(policy, "stop_ids", [258])
+    waits = []
+    for length in (4, 68):
+        with Watch() as watch:
+            ids = policy.sample(prompts, uniforms(8, length=length), False)
+        assert (ids[:, -1] != 258).any()  # not all answers have ended
+        waits.append(sum(name in names for name, _ in watch.calls))
+    assert sum(name == "embedding" for name, _ in watch.calls) >= 68  # the mode sees what is called
+    assert waits[1] - waits[0] <= 64 / 16

@@ -1,6 +1,5 @@
-"""Two processes of torchrun take the same steps as one."""
+"""Two processes of torchrun take the steps of one, and end together."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,51 +8,97 @@ from pathlib import Path
 import pytest
 import tiny_qwen
 import torch
-from helpers import ROOT
+from helpers import ROOT, batch_of, rows, timeless
 
-TOY = "--toy --method ptdpo --steps 3 --prompts 5 --group 4 --eval-problems 7 --eval-every 1"
+import ptdpo
+from experiments import figures
+from toy_tasks import Grade, Problem
+from toy_tasks.free_text import FreeText
+
+TOY = "--toy --method ptdpo --steps 3 --prompts 4 --group 4 --eval-problems 7 --eval-every 1"
+QWEN = """--model assets/small-qwen --method ptdpo --steps 2 --prompts 2 --group 4 --max-tokens 16
+    --max-pixels 20000 --eval-problems 2"""
+STEPS = (  # settings of a step, and whether every other problem has no picture
+    ({}, False),
+    ({"updates_per_batch": 2, "micro_batch": 1, "algorithm": "gspo"}, False),
+    ({"train_vision": True}, True),  # the second process has no picture at all
+)
+REWARDS = '''
+import os
+calls = 0
+
+def coin(problem, text):
+    """Not a function of its arguments: no two processes would agree."""
+    return os.urandom(1)[0] % 2
+
+def judge(problem, text):
+    """Fails on one call, in one process."""
+    global calls
+    calls += os.environ["RANK"] == "1"
+    if calls == 30:
+        raise TimeoutError("the judge does not answer")
+    return 0.0
+'''
 
 
-def one_step(folder, **changes):
-    """Gradient, completion, hints and metrics of a step of a tiny Qwen2-VL on five problems."""
-    import ptdpo
-    from toy_tasks import Grade
-    from toy_tasks.jsonl import FreeText
+class Parity(FreeText):
+    """Counting scenes; an answer is solved if the sum of its bytes can be divided by three."""
 
-    config = ptdpo.Config(model=str(folder), method="ptdpo", prompts=5, group=3, train_vision=True,
-                          hint_regions=3, clip_norm=1e9, **changes)  # fmt: skip
-    policy, task, key = ptdpo.HFPolicy(config), FreeText(max_tokens=7, difficulty=0), ("ranks", 1)
-    parity = lambda text: sum(text.encode()) % 3 == 0
-    task.grade = lambda problem, text, finished: Grade(1.0 * parity(text), parity(text), None)
+    def __init__(self, mixed):
+        super().__init__(7)
+        self.mixed = mixed
+
+    def problem(self, split, seed, index):
+        if self.mixed and index % 2:
+            return Problem([], f"Say {index}.", "yes", "Name it.")
+        return super().problem(split, seed, index)
+
+    def grade(self, problem, text, finished):
+        solved = sum(text.encode()) % 3 == 0
+        return Grade(float(solved), solved, None)
+
+
+def one_step(folder, changes, mixed):
+    """Answers, hints, metrics and the gradients of the updates of a step on four problems."""
+    config = ptdpo.Config(model=str(folder), prompts=4, group=3, kl_weight=1.0, **changes)
+    policy = ptdpo.HFPolicy(config)
     ref = policy.frozen_copy()
     with torch.no_grad():
-        policy.model.lm_head.weight.mul_(1.1)  # the KL has a gradient
-    problems = [task.problem("train", 0, i) for i in range(config.prompts)]
-    rollout = ptdpo.answer(policy, task, problems, config.group, 1.0, key)
-    rollout.adv = ptdpo.group_advantages(rollout.reward, config.group)
-    ptdpo.read_reference(ref, rollout, config, [0, 1])
-    rollout.hints = ptdpo.build_hints(policy, task, rollout, config, key)
-    ptdpo.tutor(ref, rollout, config)
+        policy.head_weight.mul_(1.1)  # the KL has a gradient
+    task = Parity(mixed)
+    problems = ptdpo.pose(task, "train", 0, 0, 4)
+    rollout = ptdpo.sample_and_grade(policy, task, problems, config.group, ("ranks", 1))
+    hints, batch = batch_of(ref, task, rollout, config)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
-    tokens, norm = ptdpo.update(policy, ref, optimizer, rollout, config, 1.0)
-    grad = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
-    hints = [h.text for h in rollout.hints]
-    return grad, rollout.completion, hints, ptdpo.step_metrics(rollout, tokens, norm)
+    gradients = []
+
+    def record(*_):
+        for name, p in policy.named_parameters():
+            if p.grad is not None:
+                gradients.append((name, p.grad.clone()))
+
+    optimizer.register_step_pre_hook(record)
+    tokens, norm, skipped = ptdpo.update(policy, ref, optimizer, batch, config, 1)
+    metrics = ptdpo.step_metrics(policy, task, rollout, hints, batch.distill, tokens)
+    metrics |= {"grad_norm": norm, "skipped": skipped}
+    return rollout.texts, [hint.text for hint in hints], metrics, gradients
 
 
-def near(row, share):
-    """A row of metrics, to rounding."""
-    return {k: v if v is None else pytest.approx(v, rel=share, abs=1e-5) for k, v in row.items()}
+def main(argv, label, out):
+    """ptdpo.main, and how it ended for this process."""
+    try:
+        code = ptdpo.main(argv.split())
+    except SystemExit as end:
+        code = end.code
+    (out / f"{label}{ptdpo.RANK}").write_text(str(code))
 
 
 def worker(folder, out):
     """What each of the two processes does."""
-    import ptdpo
-    from toy_tasks.ranks import connect
-
-    connect()
-    steps = [one_step(folder), one_step(folder, updates_per_batch=2, micro_batch=1)]
-    assert ptdpo.main([*TOY.split(), "--out", str(out / "two")]) == 0
+    figures.finish = lambda folders: None
+    ptdpo.connect()
+    torch.save([one_step(folder, *step) for step in STEPS], out / f"steps{ptdpo.RANK}.pt")
+    main(f"{TOY} --out {out}/two", "two", out)
     report = ptdpo.report
 
     def stop_here(*args):
@@ -62,60 +107,111 @@ def worker(folder, out):
             ptdpo.STOP.append(15)
 
     ptdpo.report = stop_here
-    try:
-        ptdpo.main([*TOY.split(), "--out", str(out / "stopped")])
-    except SystemExit as end:
-        (out / f"exit{ptdpo.RANK}").write_text(str(end.code))
-    if ptdpo.RANK == 0:
-        torch.save(steps, out / "steps.pt")
+    main(f"{TOY} --out {out}/stopped", "stopped", out)
+    ptdpo.report = report
+    sys.path.append(str(out))
+    grade = FreeText.grade
+    graded = []
+    FreeText.grade = lambda *args: graded.append(1) or grade(*args)
+    main(f"{QWEN} --reward rewards:coin --out {out}/coin", "coin", out)
+    (out / f"graded{ptdpo.RANK}").write_text(str(len(graded)))
+    main(f"{QWEN} --reward rewards:judge --out {out}/judge", "judge", out)
+    for label, flags in (("few", "--prompts 1"), ("bad", "--lr nan")):
+        main(f"--toy {flags} --out {out}/{label}", label, out)
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """Folder of the model, folder of what two processes wrote."""
-    folder, out = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("out")
-    tiny_qwen.save(folder, "qwen2_vl")
+    """Folder of the model, folder of what two processes wrote, and what they printed."""
+    folder = tiny_qwen.save(tmp_path_factory.mktemp("model"), "qwen2_vl")
+    out = tmp_path_factory.mktemp("out")
+    (out / "rewards.py").write_text(REWARDS)
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    setting = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    call = [sys.executable, *launch, __file__, folder, out]
-    done = subprocess.run(call, cwd=ROOT, env=setting, timeout=300, capture_output=True, text=True)
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, *launch, __file__, folder, out]
+    done = subprocess.run(argv, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, out
+    return folder, out, done.stderr
 
 
-def test_gradients_of_two_processes_are_those_of_one(ran):
-    """Same answers and hints, and the same gradient, for uneven shares and for two updates."""
-    folder, out = ran
-    for changes, two in zip(({}, {"updates_per_batch": 2, "micro_batch": 1}),
-                            torch.load(out / "steps.pt", weights_only=False)):  # fmt: skip
-        grad, completion, hints, row = one_step(folder, **changes)
-        assert torch.equal(two[1], completion) and two[2] == hints
-        assert grad.norm() > 1e-3 and 0 < row["solved"] < 1 and row["jsd"] > 0
-        print("largest difference", (two[0] - grad).abs().max(), "of", grad.abs().max())
-        assert (two[0] - grad).abs().max() < 1e-6
-        assert two[3] == near(row, 1e-4)
+def codes(out, label):
+    """How a command ended for each process."""
+    return [(out / f"{label}{rank}").read_text() for rank in (0, 1)]
 
 
-def test_runs_of_two_processes_are_those_of_one(ran, tmp_path, signals):
+def near(row, share):
+    """A row of metrics, to rounding."""
+    return {
+        name: pytest.approx(value, rel=share, abs=1e-5) if isinstance(value, float) else value
+        for name, value in row.items()
+    }
+
+
+@pytest.mark.parametrize("which", range(len(STEPS)))
+def test_gradients_of_two_processes_are_those_of_one(ran, which):
+    """Answers, hints, metrics, and the gradient of every parameter in every update."""
+    folder, out, _ = ran
+    two = [torch.load(out / f"steps{rank}.pt", weights_only=False)[which] for rank in (0, 1)]
+    texts, hints, metrics, gradients = one_step(folder, *STEPS[which])
+    for rank in (0, 1):
+        assert two[rank][0] == texts[rank::2] and two[rank][1] == hints[rank::2]
+        assert two[rank][2] == near(metrics, 1e-4)
+        assert [name for name, _ in two[rank][3]] == [name for name, _ in gradients]
+        for (name, ours), (_, theirs) in zip(two[rank][3], gradients):
+            assert (ours - theirs).abs().max() < 1e-6 * max(1, theirs.abs().max()), name
+    assert 0 < metrics["solved"] < 1 and metrics["jsd"] > 0 and metrics["kl"] > 0
+    seen = any("visual" in name for name, _ in gradients)
+    assert seen == STEPS[which][0].get("train_vision", False)
+
+
+def test_runs_of_two_processes_are_those_of_one(ran, tmp_path, signals, monkeypatch):
     """The toy by the command line: metrics of every step, and one set of files."""
-    import ptdpo
-
-    _, out = ran
+    _, out, _ = ran
+    monkeypatch.setattr(figures, "finish", lambda folders: None)
     assert ptdpo.main([*TOY.split(), "--out", str(tmp_path)]) == 0
-    one, two = (
-        [json.loads(line) for line in (f / "ptdpo" / "metrics.jsonl").read_text().splitlines()]
-        for f in (tmp_path, out / "two")
-    )
-    for a, b in zip(one, two, strict=True):
-        del a["seconds"], b["seconds"]
+    one = timeless(tmp_path / "ptdpo")[0]
+    two = timeless(out / "two" / "ptdpo")[0]
+    assert codes(out, "two") == ["0", "0"] and len(one) == len(two) == 3
+    for a, b in zip(one, two):
         assert b == near(a, 1e-3)
+    assert not list((out / "two" / "ptdpo").glob("*.tmp"))
 
 
 def test_a_signal_to_one_process_stops_both(ran):
-    """After the same step, with the same exit code, and with a checkpoint of it."""
-    _, out = ran
-    assert [(out / f"exit{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
-    assert len((out / "stopped" / "ptdpo" / "metrics.jsonl").read_text().splitlines()) == 2
+    """After the same step, with the same exit code."""
+    _, out, _ = ran
+    assert codes(out, "stopped") == ["143", "143"]
+    assert len(rows(out / "stopped" / "ptdpo" / "metrics.jsonl")) == 1
+
+
+def test_a_reward_that_is_no_function(ran):
+    """Each answer is graded once, by the process that sampled it, so nobody can disagree."""
+    _, out, _ = ran
+    assert codes(out, "coin") == ["0", "0"]
+    greedy = 2
+    tutored = 2 * 4 + greedy
+    step = 2 * 4 + greedy + 2 * ptdpo.SAMPLES
+    answers = greedy + ptdpo.CALIBRATION * 4 + tutored + 2 * step
+    assert codes(out, "graded") == [str(answers // 2)] * 2
+    for row in rows(out / "coin" / "ptdpo" / "metrics.jsonl"):
+        assert (row["jsd"] is None) == (row["distilled"] == 0) and row["skipped"] == 0
+
+
+def test_an_error_in_one_process_ends_both(ran):
+    """With one line, printed once, though the other process waits for this one."""
+    _, out, printed = ran
+    assert codes(out, "judge") == ["2", "2"]
+    told = [line for line in printed.splitlines() if "the judge does not answer" in line]
+    assert len(told) == 1 and told[0].startswith("ptdpo.py: --reward ") and "Trace" not in printed
+
+
+@pytest.mark.parametrize(("label", "flag"), [("few", "--prompts"), ("bad", "--lr nan")])
+def test_a_mistake_is_told_once(ran, label, flag):
+    """More processes than groups; a wrong flag."""
+    _, out, printed = ran
+    told = [line for line in printed.splitlines() if line.startswith(f"ptdpo.py: {flag}")]
+    assert codes(out, label) == ["2", "2"] and len(told) == 1
+    assert not (out / label).exists()
 
 
 if __name__ == "__main__":

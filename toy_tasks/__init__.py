@@ -1,7 +1,7 @@
 """What the trainer knows of a task: problems to pose, answers to grade, hints to phrase.
 
-A task owns its pictures, questions and rewards; all from the sampled answer to the update of the
-weights is the trainer's. Any object with the methods of `Task` will do.
+A task owns its pictures, questions and rewards. Everything from the sampled answer to the update
+of the weights is the trainer's. Any object with the methods of `Task` will do.
 """
 
 from dataclasses import dataclass, field
@@ -9,18 +9,18 @@ from typing import Protocol
 
 
 class UserError(Exception):
-    """What the user can mend: printed as one line by toy_tasks/commands.py, exit code 2."""
+    """A mistake that the user can mend. It is printed as one line, and the exit code is 2."""
 
 
 @dataclass
 class Problem:
     """A question about pictures, with what only grading and measuring may see."""
 
-    images: list  # PIL pictures, RGB
-    question: str
+    images: list  # PIL pictures, RGB; may be empty
+    question: str  # <image> marks the place of a picture; without marks pictures come first
     answer: str
     steps: str = ""  # the textual part of a hint: what to compare, what to ignore
-    targets: list | None = None  # regions that matter, where known: they measure hints
+    targets: list | None = None  # regions that matter, where they are known: they measure hints
 
 
 @dataclass
@@ -33,17 +33,24 @@ class Grade:
 
 
 class Task(Protocol):
-    """What a task must offer."""
+    """What a task must offer.
+
+    Two more methods are optional. `mistakes(problem, words)` marks the wrong tokens of an answer,
+    for the metric credit. `ways(problem)` counts the right answers, for the metric ways.
+    """
 
     max_tokens: int  # longest answer
     held_out: float  # how many problems a split other than train has, perhaps math.inf
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
-        """A function of the three alone; splits (train, validation, test, calibration) share no
-        problem, and those of calibration have targets: layers are ranked by them."""
+        """A problem, which depends on the three alone.
+
+        The splits train, validation, test and calibration share no problem. Calibration problems
+        have targets: layers are ranked by them.
+        """
 
     def grade(self, problem: Problem, text: str, finished: bool) -> Grade:
-        """Grade an answer; finished is False when it ran into max_tokens."""
+        """Grade an answer; finished is False if it ran into max_tokens."""
 
     def hint_text(self, regions: list[str], steps: str, solution: str = "") -> str:
-        """Phrase a hint from names of regions and steps, or the spoiler from a solution."""
+        """Phrase a hint from names of regions and steps, or one that tells the solution."""

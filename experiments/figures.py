@@ -1,0 +1,212 @@
+"""Draw runs: their curves, a failed answer with its tutoring, and a table.
+
+    python -m experiments.figures DIR...    draw all runs in these folders into DIR/curves.png
+
+ptdpo.py calls `finish` when a run ends. Everything is read from the files of the runs (run.json,
+metrics.jsonl, samples.jsonl), and nothing of the program is imported.
+"""
+
+import base64
+import io
+import json
+import math
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+# The first six of these metrics that any of the runs knows get a panel.
+PANELS = """accuracy point_f1 entropy groups_all_failed jsd credit groups_mixed completion_length
+    reward""".split()
+COLUMNS = ("area", "accuracy", "point_f1", "right_reason", "entropy", "to GRPO")
+NOTES = {
+    "area": "mean accuracy over all evaluations; the columns from accuracy to entropy: last step",
+    "right_reason": "solved with exactly the true targets named; the rest of accuracy is guessing",
+    "to GRPO": "steps to GRPO's last accuracy, the first of two evaluations in a row that reach it",
+}
+STUCK = "GRPO did not leave its base, so there are no steps to compare"
+SHOWN = 40  # tokens of an answer in the picture of tutoring
+PLACES = 9  # regions of each picture of a Qwen model
+
+
+def read_rows(path):
+    """The rows of a JSONL file, without a last line that was torn."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def read_runs(folder):
+    """The run in a folder, or the runs one level below it -> a list of folder and run.json.
+
+    A run without the scores of its base has not begun, and is left out.
+    """
+    runs = []
+    for path in sorted([*folder.glob("run.json"), *folder.glob("*/run.json")]):
+        run = json.loads(path.read_text())
+        if "base" in run:
+            runs.append((path.parent, run))
+    return runs
+
+
+def draw_curves(runs, path):
+    """Draw the metrics of runs into one picture. Step 0 is the base."""
+    names = {folder.name for folder, _ in runs}
+    curves = {}
+    known = set()
+    for folder, run in runs:
+        rows = [{"step": 0, **run["base"]}, *read_rows(folder / "metrics.jsonl")]
+        label = folder.name if len(names) == len(runs) else "/".join(folder.parts[-2:])
+        curves[label] = rows
+        known.update(name for row in rows for name, value in row.items() if value is not None)
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    panels = [name for name in PANELS if name in known]
+    for axis, name in zip(figure.subplots(2, 3).flat, panels):
+        for i, (label, rows) in enumerate(curves.items()):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), color=f"C{i}", label=label)
+            teacher = runs[i][1]["teacher"]
+            if teacher and name == "accuracy":
+                style = {"color": f"C{i}", "linestyle": "--"}
+                axis.axhline(teacher["accuracy"], label=f"teacher of {label}", **style)
+        axis.set(title=name, xlabel="step")
+        axis.legend()
+    figure.savefig(path, dpi=80)
+
+
+def find_failure(rows):
+    """The first failed answer that was distilled, with its row of samples.jsonl; or None."""
+    for row in rows:
+        for g, solved in enumerate(row["solved"]):
+            if row["hint"] and row["pictures"] and not solved and any(row["jsd"][g]):
+                return row, g
+    return None
+
+
+def draw_tutoring(folder, run, path):
+    """Draw a failed answer: picture, where its group looked, hinted regions, JSD of each token.
+
+    Returns whether there was such an answer. A run of GRPO has none.
+    """
+    found = find_failure(read_rows(folder / "samples.jsonl"))
+    if not found:
+        return False
+    row, g = found
+    relevance = row["relevance"] or []
+    if run["config"]["model"]:
+        relevance = relevance[:PLACES]  # the map may span several pictures
+    picture = Image.open(io.BytesIO(base64.b64decode(row["pictures"][0])))
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.imshow(picture)
+    question = row["question"].split("\n")[0][:80]
+    title = f"{question} {row['answer']}. Answered:\n{row['texts'][g][:80]}"
+    left.set_title(title, fontsize=9, parse_math=False)
+    left.axis("off")
+    show_attention(middle, picture, relevance, row["hint"]["regions"])
+    jsd = row["jsd"][g][:SHOWN]
+    shades = [(1, 1 - min(1, max(0, value) / math.log(2)), 0.3) for value in jsd]
+    right.barh(range(len(jsd)), jsd, color=shades, edgecolor="grey")
+    right.set_yticks(range(len(jsd)), row["tokens"][g][:SHOWN], parse_math=False)
+    right.invert_yaxis()
+    right.set_title("JSD of each token, student against tutored teacher", fontsize=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the font lacks some signs
+        figure.savefig(path, dpi=80)
+    return True
+
+
+def show_attention(axis, picture, relevance, regions):
+    """A picture under its relevance map [R], a square grid, with the hinted regions framed."""
+    axis.imshow(picture)
+    axis.axis("off")
+    axis.set_title("where its own answers looked\nwhite: hinted to the teacher", fontsize=9)
+    side = math.isqrt(len(relevance))
+    if side == 0:
+        return
+    heat = [relevance[row * side : row * side + side] for row in range(side)]
+    extent = (0, picture.width, picture.height, 0)
+    axis.imshow(heat, extent=extent, cmap="inferno", alpha=0.6)
+    width = picture.width / side
+    height = picture.height / side
+    for region in regions:
+        if region < side * side:
+            corner = (region % side * width, region // side * height)
+            axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white"))
+
+
+def steps_to(rows, goal):
+    """The first step of two evaluations in a row at or above the goal; None if there is none."""
+    for one, two in pairwise(rows):
+        if goal is not None and min(one["accuracy"], two["accuracy"]) >= goal:
+            return one["step"]
+    return None
+
+
+def table(runs):
+    """Scores of runs side by side, and how to read them. Columns that no run knows are left out."""
+    notes = dict(NOTES)
+    goal = None
+    evaluations = {}
+    for folder, run in runs:
+        rows = read_rows(folder / "metrics.jsonl")
+        rows = [row for row in rows if row["accuracy"] is not None]
+        if rows:
+            evaluations[folder.name] = rows
+        if rows and folder.name == "grpo":
+            goal = rows[-1]["accuracy"]
+            if goal <= run["base"]["accuracy"]:
+                goal = None
+                notes["to GRPO"] = STUCK
+    scores = {}
+    for name, rows in evaluations.items():
+        row = {column: rows[-1].get(column) for column in COLUMNS}
+        row["area"] = sum(row["accuracy"] for row in rows) / len(rows)
+        row["to GRPO"] = steps_to(rows, goal)
+        scores[name] = row
+    columns = [c for c in COLUMNS if any(row[c] is not None for row in scores.values())]
+    lines = [" " * 12 + "".join(f"{column:>13}" for column in columns)]
+    for name, row in scores.items():
+        line = f"{name:12}"
+        for column in columns:
+            value = row[column]
+            cell = "-" if value is None else f"{value:.3f}"
+            line += f"{value if isinstance(value, int) else cell:>13}"
+        lines.append(line)
+    if "grpo" in scores:
+        columns.append("to GRPO")
+    return "\n".join(lines + [f"{name}: {text}" for name, text in notes.items() if name in columns])
+
+
+def finish(folders):
+    """After a run: draw all runs that stand beside these, and print the table."""
+    home = folders[0].parent
+    runs = read_runs(home)
+    if not runs:
+        return
+    draw_curves(runs, home / "curves.png")
+    drawn = f"drawn: {home}/curves.png"
+    if any([draw_tutoring(*run, home / "tutoring.png") for run in runs]):
+        drawn += f", and a tutored failure: {home}/tutoring.png"
+    print(table(runs))
+    print(drawn)
+
+
+def main(argv=None):
+    """Draw the runs in some folders together -> exit code."""
+    folders = [Path(name) for name in (sys.argv[1:] if argv is None else argv)]
+    runs = [run for folder in folders for run in read_runs(folder)]
+    if not runs:
+        print("experiments.figures: no run found; give folders of runs", file=sys.stderr)
+        return 2
+    draw_curves(runs, folders[0] / "curves.png")
+    print(f"drawn: {folders[0]}/curves.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
