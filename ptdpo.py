@@ -923,7 +923,7 @@ class Config:
 
     method: str = knob("ptdpo", "grpo: reward alone; ptdpo: reward and tutoring", "grpo", "ptdpo")
     seed: int = knob(0, "seeds problems and sampling noise", least=0)
-    steps: int = knob(60, "training steps", least=1)
+    steps: int = knob(100, "training steps", least=1)
     base: str = knob("toy_tasks/base.safetensors", "the toy's base, which is also the reference")
     difficulty: float = knob(1.0, "clutter and noise of the counting scenes, 0 is calm", least=0)
     prompts: int = knob(16, "prompts a step (B)", least=1)
