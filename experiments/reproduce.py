@@ -29,14 +29,14 @@ import torch
 from tqdm import tqdm
 
 import ptdpo
-from experiments import summaries
+from experiments import figures, summaries
 from experiments.measure import MEASUREMENTS
-from toy_tasks.counting import WORDS
 
 HERE = Path(__file__).parent
 DATA = tomllib.loads((HERE / "experiments.toml").read_text())
 ARMS = DATA["arms"]
 EXPERIMENTS = DATA["experiments"]
+USUAL_STEPS = ptdpo.Config.steps
 
 
 # --------------------------------------------------------------------------------------- controls
@@ -50,19 +50,13 @@ def zero_gradient(log_p, log_q):
 
 
 def student_support(log_p, log_q):
-    """The JSD as released, over the student's Top-K words alone.
-
-    Of the teacher its own Top-K is known. What is left is spread evenly over all other words.
-    """
-    k = log_p.shape[-1] // 2
-    words = log_p[..., :-1].topk(k).indices
-    top = log_q[..., :-1].topk(k).values
-    spread = (1 - top.exp().sum(-1, keepdim=True)).clamp_min(1e-9) / (len(WORDS) - k)
-    known = torch.where(log_q >= top[..., -1:], log_q, spread.log())
+    """The JSD over the student's Top-K words alone. All other words are rest."""
+    words = log_p[..., :-1].topk(log_p.shape[-1] // 2).indices
     sides = []
-    for listed in (log_p.gather(-1, words), known.gather(-1, words)):
-        rest = (1 - listed.exp().sum(-1, keepdim=True)).clamp_min(1e-9)
-        sides.append(torch.cat([listed, rest.log()], -1))
+    for side in (log_p, log_q):
+        listed = side.gather(-1, words)
+        rest = (1 - listed.exp().sum(-1, keepdim=True)).clamp_min(1e-9).log()
+        sides.append(torch.cat([listed, rest], -1))
     return ptdpo.jsd(*sides)
 
 
@@ -93,7 +87,7 @@ def is_finished(settings, folder):
     config = config_of(settings)
     if ptdpo.read_run(folder)["config"] != asdict(config):
         raise ptdpo.UserError(f"{folder}: a run with other settings; give another --out")
-    return len(summaries.read_rows(folder / "metrics.jsonl")) >= config.steps
+    return len(figures.read_rows(folder / "metrics.jsonl")) >= config.steps
 
 
 def train_run(settings, folder):
@@ -181,14 +175,14 @@ def train_arms(experiment, seeds, given):
         runs[arm] = [summaries.read_run(given.out / f"runs/{arm}/{seed}") for seed in seeds]
     summary = summaries.summarise_runs(runs, experiment)
     if experiment.get("hero"):
-        summary["example"] = summaries.find_example(given.out / f"runs/ptdpo/{seeds[0]}")
+        samples = given.out / f"runs/ptdpo/{seeds[0]}/samples.jsonl"
+        summary["example"] = figures.find_failure(figures.read_rows(samples))
     return summary
 
 
 def shared(settings, given):
     """What the command line changes in all arms; arms of fewer or more steps stay in proportion."""
-    usual = ptdpo.Config.steps
-    steps = settings.get("steps", usual) * (given.steps or usual) / usual
+    steps = settings.get("steps", USUAL_STEPS) * given.steps / USUAL_STEPS
     return {"steps": max(1, round(steps)), "eval_problems": given.eval_problems}
 
 
@@ -243,23 +237,23 @@ def reproduce(given):
         run_experiment(name, given)
 
 
-def parse(argv, name, out):
+def make_parser(name, out):
     """Flags of reproduce.py and tune.py."""
     parser = argparse.ArgumentParser(f"experiments.{name}")
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder (default {out})")
-    add("--seeds", type=int, default=10, help="at most so many seeds")
+    add("--seeds", type=int, choices=range(1, 11), default=10, help="at most so many seeds")
     add("--jobs", type=int, default=2, help="processes at a time (default 2)")
-    add("--steps", type=int, help="training steps of the usual arm")
+    add("--steps", type=int, default=USUAL_STEPS, help=f"of a usual run (default {USUAL_STEPS})")
     add("--eval-problems", type=int, default=256, help="held-out pictures (default 256)")
-    if name == "reproduce":
-        add("name", choices=["all", *EXPERIMENTS])
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv=None):
     """Entry point -> exit code."""
-    return ptdpo.guard(reproduce, parse(argv, "reproduce", "runs/reproduce"))
+    parser = make_parser("reproduce", "runs/reproduce")
+    parser.add_argument("name", choices=["all", *EXPERIMENTS])
+    return ptdpo.guard(lambda: reproduce(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

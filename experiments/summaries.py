@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.figures import find_failure, read_rows, show_attention
+from experiments.figures import read_rows, show_attention
 
 LAST = """accuracy point_f1 right_reason entropy answer_entropy pass_1 pass_8 ways completion_length
     groups_all_failed groups_mixed groups_all_solved""".split()
@@ -94,24 +94,18 @@ def judge_claim(claim, found):
 def summarise_runs(runs, experiment):
     """Runs by arm, a list over seeds -> scores, claims and curves."""
     found = {arm: [score(*run) for run in runs[arm]] for arm in runs}
-    settings = {arm: runs[arm][0][0]["config"] for arm in runs}
-    commits = {run["commit"] for arm in runs for run, _ in runs[arm]}
-    seconds = sum(row["seconds"] for arm in runs for row in found[arm])
-    x = experiment.get("x", "step")
+    rows = {arm: [rows for _, rows in runs[arm]] for arm in runs}
     curves = {}
     for panel in experiment["panels"].split():
-        if x == "step":
-            curves[panel] = {
-                arm: make_curve([rows for _, rows in runs[arm]], panel) for arm in runs
-            }
-        else:
-            curves[panel] = curve_over(x, settings, found, panel)
+        curves[panel] = {arm: make_curve(rows[arm], panel) for arm in runs}
+    seconds = [row["seconds"] for arm in runs for row in found[arm]]
+    claims = [judge_claim(claim, found) for claim in experiment["claims"]]
     return {
-        "commits_of_runs": sorted(commits),
-        "minutes_of_runs": seconds / 60,
-        "arms": {arm: {"settings": settings[arm], "by_seed": found[arm]} for arm in runs},
-        "claims": [judge_claim(claim, found) for claim in experiment["claims"]],
-        "x": x,
+        "commits_of_runs": sorted({run["commit"] for arm in runs for run, _ in runs[arm]}),
+        "minutes_of_runs": sum(seconds) / 60,
+        "settings": {arm: runs[arm][0][0]["config"] for arm in runs},
+        "by_seed": found,
+        "claims": claims,
         "curves": curves,
     }
 
@@ -120,17 +114,11 @@ def summarise_values(found, experiment):
     """Values by label, a list over seeds -> means with intervals, and claims."""
     bars = {}
     for panel in experiment["panels"].split():
-        bars[panel] = {}
-        for label, rows in found.items():
-            values = [row.get(panel) for row in rows]
-            if None not in values:
-                bars[panel][label] = interval(values)
-    return {
-        "arms": {label: {"by_seed": rows} for label, rows in found.items()},
-        "claims": [judge_claim(claim, found) for claim in experiment["claims"]],
-        "bars": bars,
-        "curves": {},
-    }
+        columns = {label: [row.get(panel) for row in rows] for label, rows in found.items()}
+        known = {label: column for label, column in columns.items() if None not in column}
+        bars[panel] = {label: interval(column) for label, column in known.items()}
+    claims = [judge_claim(claim, found) for claim in experiment["claims"]]
+    return {"by_seed": found, "claims": claims, "bars": bars}
 
 
 def make_curve(runs, name):
@@ -143,42 +131,25 @@ def make_curve(runs, name):
     return points
 
 
-def curve_over(setting, settings, found, name):
-    """The same of last scores, by arm without its last part, at each value of a setting."""
-    curves = {}
-    for arm, rows in found.items():
-        label = arm.rsplit("_at_", 1)[0]
-        point = (settings[arm][setting], *interval([row[name] for row in rows]))
-        curves.setdefault(label, []).append(point)
-    return curves
-
-
-def find_example(folder):
-    """The first sampled group of a run that holds a distilled failure, as samples.jsonl has it."""
-    found = find_failure(read_rows(folder / "samples.jsonl"))
-    return {"row": found[0], "answer": found[1]} if found else None
-
-
 # --------------------------------------------------------------------------------------- pictures
 def draw_summary(folder):
     """Draw DIR/figure.png, and hero.png where there is an example, from DIR/summary.json."""
     summary = json.loads((folder / "summary.json").read_text())
-    panels = summary["curves"] or summary["bars"]
+    panels = summary.get("curves") or summary.get("bars")
+    draw = draw_bands if summary.get("curves") else draw_bars
+    if not panels:
+        known = [c for c in summary["claims"] if c["verdict"] != "no value"]
+        gains = {c["text"]: (c["difference"], c["half_width"]) for c in known}
+        panels = {"difference": gains}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, (name, arms) in zip(axes, panels.items()):
-        axis.set_title(name)
-        if summary["curves"]:
-            draw_bands(axis, arms)
-            axis.set_xlabel(summary["x"])
-        else:
-            draw_bars(axis, arms)
-    if summary["curves"]:
-        axes[0].legend(fontsize=7)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
+    for axis, (name, arms) in zip(axes, panels.items()):
+        axis.set_title(name)
+        draw(axis, arms)
     seeds = len(summary["seeds"])
     figure.suptitle(f"{summary['name']}: mean and 95 % interval over {seeds} seeds")
     figure.savefig(folder / "figure.png", dpi=80)
@@ -187,49 +158,47 @@ def draw_summary(folder):
 
 
 def draw_bands(axis, arms):
-    """Curves of (x, mean, half-width), each in a band of its interval."""
+    """Curves of (step, mean, half-width), each in a band of its interval."""
     for i, (arm, points) in enumerate(arms.items()):  # an arm has one colour in all panels
         if points:
-            x, middle, half = zip(*points)
+            step, middle, half = zip(*points)
             low = [m - h for m, h in zip(middle, half)]
             high = [m + h for m, h in zip(middle, half)]
-            axis.plot(x, middle, color=f"C{i}", label=arm)
-            axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
+            axis.plot(step, middle, color=f"C{i}", label=arm)
+            axis.fill_between(step, low, high, color=f"C{i}", alpha=0.15)
+    axis.set_xlabel("step")
+    axis.legend(fontsize=7)
 
 
 def draw_bars(axis, arms):
     """One bar an arm, with its interval; arms: (mean, half-width) by name."""
     places = range(len(arms))
-    middle, half = zip(*arms.values())
-    axis.barh(places, middle, xerr=half)
+    axis.barh(places, [m for m, _ in arms.values()], xerr=[h for _, h in arms.values()])
     axis.set_yticks(places, arms, fontsize=7)
     axis.invert_yaxis()
 
 
 def draw_hero(summary, path):
     """README's picture: a failed answer, where it looked, its JSD, and the curves."""
-    row = summary["example"]["row"]
-    answer = summary["example"]["answer"]
+    row, answer = summary["example"]
+    jsd = row["jsd"][answer]
     picture = Image.open(io.BytesIO(base64.b64decode(row["pictures"][0])))
     figure = Figure(figsize=(14, 4), layout="constrained")
     first, second, third, fourth = figure.subplots(1, 4, width_ratios=(1, 1, 0.8, 1.9))
     first.imshow(picture)
-    first.set_title(
-        f"{row['question']} {row['answer']}\nfailed: {row['texts'][answer]}", fontsize=9
-    )
+    title = f"{row['question']} {row['answer']}\nfailed: {row['texts'][answer]}"
+    first.set_title(title, fontsize=9)
     first.axis("off")
     show_attention(second, picture, row["relevance"], row["hint"]["regions"])
-    third.barh(range(len(row["jsd"][answer])), row["jsd"][answer], color="C1")
-    third.set_yticks(range(len(row["jsd"][answer])), row["tokens"][answer], fontsize=8)
+    third.barh(range(len(jsd)), jsd, color="C1")
+    third.set_yticks(range(len(jsd)), row["tokens"][answer], fontsize=8)
     third.invert_yaxis()
     third.set_title("JSD of each token\nto the tutored teacher", fontsize=9)
     curves = summary["curves"]["accuracy"]
     draw_bands(fourth, {label: curves[arm] for arm, label in HERO.items()})
-    teacher = mean([seed["teacher"]["accuracy"] for seed in summary["arms"]["ptdpo"]["by_seed"]])
+    teacher = mean([seed["teacher"]["accuracy"] for seed in summary["by_seed"]["ptdpo"]])
     fourth.axhline(teacher, color="black", linestyle="--", label="tutored teacher")
-    seeds = len(summary["seeds"])
-    fourth.set_title(f"held-out accuracy, {seeds} seeds, 95 % interval", fontsize=9)
-    fourth.set(xlabel="step", ylim=(0, 1))
+    fourth.set(title="held-out accuracy, 95 % interval", ylim=(0, 1))
     fourth.legend(fontsize=8)
     figure.savefig(path, dpi=80)
 
@@ -239,14 +208,12 @@ def list_claims(claims):
     """Claims as a table in Markdown."""
     lines = ["| claim | measured | arms | difference | verdict |", "|---|---|---|---|---|"]
     for c in claims:
-        if c["verdict"] == "no value":
-            lines.append(
-                f"| {c['text']} | {c['measure']} | {c['arm']}, {c['other']} | - | no value |"
-            )
-            continue
-        arms = f"{c['arm']} {c['arm_mean']:.3f}, {c['other']} {c['other_mean']:.3f}"
-        difference = f"{c['difference']:+.3f} ± {c['half_width']:.3f}"
+        arms = f"{c['arm']}, {c['other']}"
+        difference = "-"
         verdict = c["verdict"]
+        if verdict != "no value":
+            arms = f"{c['arm']} {c['arm_mean']:.3f}, {c['other']} {c['other_mean']:.3f}"
+            difference = f"{c['difference']:+.3f} ± {c['half_width']:.3f}"
         if "bar" in c:
             verdict += f"; {c['bar']:+.2f} {'reached' if c['reached'] else 'missed'}"
         lines.append(f"| {c['text']} | {c['measure']} | {arms} | {difference} | {verdict} |")

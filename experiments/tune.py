@@ -13,7 +13,7 @@ import time
 
 import ptdpo
 from experiments import summaries
-from experiments.reproduce import describe_call, parse, settings_of, shared, train_all
+from experiments.reproduce import describe_call, make_parser, settings_of, shared, train_all
 
 RATES = (1e-4, 3e-4, 1e-3)
 LAMBDAS = (0.3, 1.0, 3.0, 10.0)
@@ -56,10 +56,12 @@ def tune(given):
     usual = {"ptdpo": {"distill_weight": 1.0}}
     rates = try_values(("grpo", "ptdpo", "distil_only"), "lr", RATES, usual, seeds, given)
     chosen = choose(rates)
+    found = {"chosen": chosen, "rates": rates, "lambdas": [], "seeds": list(seeds)}
+    ptdpo.write_json(given.out / "tune.json", found | describe_call("tune", began))
     divergences = ("ptdpo", "forward_kl", "reverse_kl")
     lambdas = try_values(divergences, "distill_weight", LAMBDAS, chosen, seeds, given)
     chosen |= choose(lambdas)
-    found = {"chosen": chosen, "rates": rates, "lambdas": lambdas, "seeds": list(seeds)}
+    found |= {"chosen": chosen, "lambdas": lambdas}
     ptdpo.write_json(given.out / "tune.json", found | describe_call("tune", began))
     for row in rates + lambdas:
         mark = "chosen" if chosen[row["arm"]] == row["settings"] else ""
@@ -69,7 +71,8 @@ def tune(given):
 
 def main(argv=None):
     """Entry point -> exit code."""
-    return ptdpo.guard(tune, parse(argv, "tune", "runs/tune"))
+    parser = make_parser("tune", "runs/tune")
+    return ptdpo.guard(lambda: tune(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

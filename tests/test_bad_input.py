@@ -29,8 +29,8 @@ CASES = list(TABLE["commands"])
 for flag, values in TABLE["flags"].items():
     for value in values.split():
         CASES.append([f"--toy --out new --prompts 2 --{flag}={value}", flag])
-SHELL = ["--toy --steps", "--resume nowhere", "--toy --out new --base empty"]
-SHELL += ["--toy --out /proc/new", "--eval good --seed 1"]
+SHELL = """--toy --steps, --resume nowhere, --toy --out new --base empty, --toy --out /proc/new,
+    --eval good --seed 1""".replace("\n   ", "").split(", ")
 
 
 def break_it(kind, path="", *args):
@@ -48,11 +48,10 @@ def break_it(kind, path="", *args):
         Path(path).write_text(Path(path).read_text().replace(old, new))
     elif kind == "tensors":
         save_file({name: torch.ones(shape) for name, shape in args[0].items()}, path)
-    elif kind in ("drop", "add"):
+    elif kind == "checkpoint":  # without a tensor, or with one of another shape
         tensors = load_file(CHECKPOINT)
         tensors.pop(path, None)
-        if kind == "add":
-            tensors[path] = torch.ones(*args)
+        tensors |= {path: torch.ones(*args)} if args else {}
         save_file(tensors, CHECKPOINT, {"step": "4"})
     elif kind == "second run":
         shutil.copytree(RUN, "good/grpo")

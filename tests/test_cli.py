@@ -61,8 +61,8 @@ def test_rows_of_metrics(finished, method):
         assert set(row) == set(METRICS)
         known = {name for name, value in row.items() if value is not None}
         assert set(ALWAYS) <= known and row["skipped"] == 0
-        assert {"hint_recall", "hints_rejected"} <= known or method == "grpo"
-        assert not {"hint_recall", "hints_rejected"} & known or method == "ptdpo"
+        hinted = {"hint_recall", "hints_rejected"} & known
+        assert len(hinted) == 2 * (method == "ptdpo")
         assert ("jsd" in known) == (row["distilled"] > 0)
         assert ("entropy_slope" in known) == (row["step"] > 1)
         assert SCORES & known == (SCORES if row["step"] in (1, 2, 4) else set())
@@ -99,13 +99,10 @@ def test_layers_are_ranked_only_where_they_are_used(flags, tmp_path, monkeypatch
 
 # ------------------------------------------------------------------------------------- same again
 @pytest.mark.usefixtures("undrawn")
-def test_the_seed_decides(finished, tmp_path):
-    """The same command: the same rows, the same weights, bit for bit; another seed: others."""
-    assert main(start(tmp_path / "same")) == 0
-    assert timeless(tmp_path / "same" / "ptdpo") == timeless(finished["ptdpo"])
-    assert contents(tmp_path / "same" / "ptdpo") == contents(finished["ptdpo"])
-    assert main(start(tmp_path / "other", "--seed", "1", steps=1)) == 0
-    assert timeless(tmp_path / "other" / "ptdpo")[0][0] != timeless(finished["ptdpo"])[0][0]
+def test_another_seed_poses_other_problems(finished, tmp_path):
+    """The same one gives the same run, as below."""
+    assert main(start(tmp_path, "--seed", "1", steps=1)) == 0
+    assert timeless(tmp_path / "ptdpo")[0][0] != timeless(finished["ptdpo"])[0][0]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -155,7 +152,7 @@ def test_evaluating_a_run_writes_nothing(finished, capsys):
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, line in zip(("base ", "base, tutored", "this run"), lines, strict=True):
-        assert line.startswith(name) and "accuracy 0." in line
+        assert line.startswith(name) and re.search(r"accuracy [01]\.\d\d\d ", line)
     assert "pass_8" in lines[2] and files(finished["ptdpo"]) == before
 
 

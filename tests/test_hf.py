@@ -10,6 +10,7 @@ import tiny_qwen
 import torch
 from helpers import close, gradient, make_batch
 from PIL import Image, ImageDraw
+from test_step import textbook
 from torch.overrides import TorchFunctionMode
 
 import ptdpo
@@ -22,7 +23,6 @@ V = 264  # words
 
 
 def picture(width, height, seed):
-    """Noise."""
     stream = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), generator=stream, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
@@ -58,7 +58,6 @@ class Parity(FreeText):
 
 
 def load(folder, **changes):
-    """A policy from a folder."""
     return ptdpo.HFPolicy(ptdpo.Config(model=str(folder), **changes))
 
 
@@ -69,7 +68,6 @@ def uniforms(n, seed=0, length=T):
 
 @pytest.fixture(scope="module", params=tiny_qwen.FAMILIES)
 def folder(request, tmp_path_factory):
-    """A folder of each family in turn."""
     return tiny_qwen.save(tmp_path_factory.mktemp("models") / request.param, request.param)
 
 
@@ -89,13 +87,11 @@ def plain(folder):
 
 @pytest.fixture(scope="module")
 def prompts(policy):
-    """The four problems."""
     return [policy.encode(problem) for problem in PROBLEMS]
 
 
 @pytest.fixture(scope="module")
 def answers(policy, prompts):
-    """Three answers to each."""
     return policy.sample(prompts, uniforms(4 * G), False)
 
 
@@ -317,8 +313,8 @@ def test_padding_changes_nothing(policy, prompts, answers):
     hook.remove()
     assert (hidden[:, :T] - together).abs().max() < 1e-5 and (hidden[:, T + 1 :] == 0).all()
     assert torch.allclose(attention, looks, atol=1e-6)
-    assert rows[4] - rows[0] <= G  # at most the column of an end that did not fit before
     assert (first - together[:, :1]).abs().max() < 1e-5
+    assert rows[4] - rows[0] <= G  # at most the column of an end that did not fit before
 
 
 def test_answers_of_a_group_do_not_see_each_other(policy, prompts, answers):
@@ -391,25 +387,22 @@ def test_with_adapters_the_reference_is_the_model_without_them(folder, prompts, 
     plain = load(folder)
     lora = load(folder, lora=4)
     ref = lora.frozen_copy()
-    learned = [p for p in lora.parameters() if p.requires_grad]
-    names = [name for name, p in lora.named_parameters() if p.requires_grad]
-    assert all(".lora_" in name and "language_model" in name for name in names)
-    assert len(names) == 2 * 7 * lora.num_layers and ref.model is lora.model
-    u = uniforms(12)
+    learned = {name: p for name, p in lora.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name and "language_model" in name for name in learned)
+    assert len(learned) == 2 * 7 * lora.num_layers and ref.model is lora.model
     with torch.no_grad():
         start = plain.forward(prompts, answers)[0]
         assert torch.equal(start, lora.forward(prompts, answers)[0])
-        for p in learned:
+        for p in learned.values():
             p.add_(0.05)
-        assert not torch.allclose(start, lora.forward(prompts, answers)[0])
-        assert torch.equal(start, ref.forward(prompts, answers)[0])
-    assert torch.equal(plain.sample(prompts, u, False), ref.sample(prompts, u, False))
-    assert not torch.equal(plain.sample(prompts, u, False), lora.sample(prompts, u, False))
     hidden, _ = lora.forward(prompts, answers)
     with torch.no_grad():
-        ref.forward(prompts, answers)
+        assert torch.equal(start, ref.forward(prompts, answers)[0])
+    assert not torch.allclose(start, hidden)
     hidden.mean().backward()
-    assert all(p.grad is not None for p in learned)
+    assert all(p.grad is not None for p in learned.values())
+    first, second, third = (x.sample(prompts, uniforms(12), False) for x in (plain, ref, lora))
+    assert torch.equal(first, second) and not torch.equal(first, third)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -456,43 +449,24 @@ class Watch(TorchFunctionMode):
         return result
 
 
-def whole_loss(policy, ref, batch, config):
-    """The loss of a batch with the logits of all tokens at once, for autograd."""
-    hidden, _ = policy.forward(batch.prompts, batch.completion)
-    logits = hidden @ policy.head_weight.T
-    refused = torch.zeros(V).index_fill(0, torch.tensor(policy.suppress_ids), ptdpo.FLOOR)
-    logp = (logits + refused).log_softmax(-1).gather(-1, batch.completion[..., None])[..., 0]
-    policy_loss = -(logp - logp.detach()).exp() * batch.advantages[:, None]
-    d = batch.logp_ref - logp
-    kl = (logp - logp.detach()).exp() * (d.exp() - d - 1)
-    mean = batch.mask / batch.mask.sum(1, keepdim=True) / len(logp)
-    loss = (mean * (policy_loss + config.kl_weight * kl)).sum()
-    tutored = batch.mask & batch.distill[:, None]
-    states = torch.cat([states for states in batch.teacher if states is not None])
-    teacher = states @ ref.head_weight.T + refused
-    distance = ptdpo.topk_jsd((logits + refused)[tutored], teacher, config.top_k)
-    return loss + config.distill_weight * distance.mean()
-
-
 @pytest.mark.parametrize("micro", [0, 1])
 def test_update_of_a_mixed_batch_equals_autograd(folder, monkeypatch, micro):
     """Text-only and pictures; the tied head has the gradients of both its uses; no [N, V]."""
-    config = ptdpo.Config(
-        model=str(folder), prompts=4, group=G, micro_batch=micro, kl_weight=0.5, train_vision=True
-    )
+    sizes = {"prompts": 4, "group": G, "micro_batch": micro}
+    config = ptdpo.Config(model=str(folder), kl_weight=0.5, train_vision=True, **sizes)
     policy = ptdpo.HFPolicy(config)
     ref = policy.frozen_copy()
     with torch.no_grad():
         policy.head_weight.mul_(3)  # the KL and the JSD are well above 0
-    _, _, batch = make_batch(policy, ref, Parity(), config)
+    rollout, hints, batch = make_batch(policy, ref, Parity(), config)
+    policy.suppress_ids = ref.suppress_ids = []  # the textbook does not know them
     assert batch.distill.any() and not batch.distill.all() and batch.advantages.any()
-    expected = torch.autograd.grad(whole_loss(policy, ref, batch, config), policy.parameters())
-    expected = torch.cat([grad.flatten() for grad in expected])
+    loss, _ = textbook(policy, ref, rollout, hints, batch, config)
+    expected = torch.autograd.grad(loss, policy.parameters())
     monkeypatch.setattr(ptdpo.head_backward, "__defaults__", (4,))
-    monkeypatch.setattr(ptdpo, "CHUNK", 4)
     with Watch() as watch:
         found, _, _ = gradient(policy, ref, batch, config)
-    assert close(found, expected, 2e-5)
+    assert close(found, torch.cat([grad.flatten() for grad in expected]), 2e-5)
     tied = policy.head_weight is policy.base.model.get_input_embeddings().weight
     assert tied == (folder.name != "qwen2_5_vl")
     assert all(p.grad is None for p in policy.parameters())  # the rollout needs the memory

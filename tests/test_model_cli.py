@@ -56,6 +56,7 @@ def test_both_methods_stopped_in_the_first_and_resumed(kind, folder, tmp_path, m
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "d.jsonl")
     capfd.readouterr()
+    monkeypatch.setattr(ptdpo, "CALIBRATION", 4)
     assert main([*flags, "--out", "whole"]) == 0
     backward = ptdpo.backward
 
@@ -120,7 +121,6 @@ def test_which_model_a_name_means(name, made, opened, tmp_path, monkeypatch):
 def run_and_read(flags, tmp_path, capsys):
     """The one line that a command ends with."""
     argv = ["--model", "assets/small-qwen", *flags.split(), "--out", str(tmp_path), "--overwrite"]
-    capsys.readouterr()
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("ptdpo.py: "), error

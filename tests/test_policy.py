@@ -40,13 +40,10 @@ def test_forward_equals_a_plain_model(policy, prompts):
         plain, attention = plain_forward(policy, prompts[n // 4], answer)
         assert torch.allclose(hidden[n, : len(answer)], plain, atol=2e-5)
         assert torch.allclose(looks[:, n], attention.mean(1), atol=1e-6)
-    again, none = policy.forward(prompts, ids)
-    assert torch.equal(again, hidden)
-    assert none is None
+    assert policy.forward(prompts, ids)[1] is None
     assert torch.allclose(policy.forward(prompts, ids, mask, [1])[1][0], looks[1], atol=1e-7)
-    first, look = policy.forward(prompts, ids[:, :1], mask[:, :1], [0])  # answers of one token
+    first, _ = policy.forward(prompts, ids[:, :1], mask[:, :1], [0])  # answers of one token
     assert torch.allclose(first, hidden[:, :1], atol=2e-5)
-    assert look.shape == (1, 12, 25)
 
 
 def test_sampling_and_training_have_one_distribution(policy, prompts):

@@ -15,7 +15,7 @@ from experiments import figures
 from toy_tasks import Grade, Problem
 from toy_tasks.free_text import FreeText
 
-TOY = "--toy --method ptdpo --steps 3 --prompts 4 --group 4 --eval-problems 7 --eval-every 1"
+TOY = "--toy --method ptdpo --steps 3 --prompts 4 --group 4 --eval-problems 17 --eval-every 1"
 QWEN = """--model assets/small-qwen --method ptdpo --steps 2 --prompts 2 --group 4 --max-tokens 16
     --max-pixels 20000 --eval-problems 2"""
 STEPS = (  # settings of a step, and whether every other problem has no picture
@@ -23,22 +23,21 @@ STEPS = (  # settings of a step, and whether every other problem has no picture
     ({"updates_per_batch": 2, "micro_batch": 1, "algorithm": "gspo"}, False),
     ({"train_vision": True}, True),  # the second process has no picture at all
 )
-REWARDS = '''
+REWARDS = """
 import os
-calls = 0
 
-def coin(problem, text):
-    """Not a function of its arguments: no two processes would agree."""
+def coin(problem, text):  # not a function of its arguments: no two processes would agree
     return os.urandom(1)[0] % 2
 
-def judge(problem, text):
-    """Fails on one call, in one process."""
+calls = 0
+
+def judge(problem, text):  # fails on one call, in one process
     global calls
     calls += os.environ["RANK"] == "1"
     if calls == 30:
         raise TimeoutError("the judge does not answer")
     return 0.0
-'''
+"""
 
 
 class Parity(FreeText):
@@ -69,15 +68,12 @@ def one_step(folder, changes, mixed):
     problems = ptdpo.pose(task, "train", 0, 0, 4)
     rollout = ptdpo.sample_and_grade(policy, task, problems, config.group, ("ranks", 1))
     hints, batch = batch_of(ref, task, rollout, config)
-    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
+    learned = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(learned.values(), lr=1e-3)
     gradients = []
-
-    def record(*_):
-        for name, p in policy.named_parameters():
-            if p.grad is not None:
-                gradients.append((name, p.grad.clone()))
-
-    optimizer.register_step_pre_hook(record)
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.append({name: p.grad for name, p in learned.items()})
+    )
     tokens, norm, skipped = ptdpo.update(policy, ref, optimizer, batch, config, 1)
     metrics = ptdpo.step_metrics(policy, task, rollout, hints, batch.distill, tokens)
     metrics |= {"grad_norm": norm, "skipped": skipped}
@@ -96,6 +92,7 @@ def main(argv, label, out):
 def worker(folder, out):
     """What each of the two processes does."""
     figures.finish = lambda folders: None
+    ptdpo.CALIBRATION = 4
     ptdpo.connect()
     torch.save([one_step(folder, *step) for step in STEPS], out / f"steps{ptdpo.RANK}.pt")
     main(f"{TOY} --out {out}/two", "two", out)
@@ -141,33 +138,32 @@ def codes(out, label):
 
 def near(row, share):
     """A row of metrics, to rounding."""
-    return {
-        name: pytest.approx(value, rel=share, abs=1e-5) if isinstance(value, float) else value
-        for name, value in row.items()
-    }
+    return {k: pytest.approx(v, share, 1e-5) if type(v) is float else v for k, v in row.items()}
 
 
 @pytest.mark.parametrize("which", range(len(STEPS)))
 def test_gradients_of_two_processes_are_those_of_one(ran, which):
     """Answers, hints, metrics, and the gradient of every parameter in every update."""
     folder, out, _ = ran
-    two = [torch.load(out / f"steps{rank}.pt", weights_only=False)[which] for rank in (0, 1)]
     texts, hints, metrics, gradients = one_step(folder, *STEPS[which])
-    for rank in (0, 1):
-        assert two[rank][0] == texts[rank::2] and two[rank][1] == hints[rank::2]
-        assert two[rank][2] == near(metrics, 1e-4)
-        assert [name for name, _ in two[rank][3]] == [name for name, _ in gradients]
-        for (name, ours), (_, theirs) in zip(two[rank][3], gradients):
-            assert (ours - theirs).abs().max() < 1e-6 * max(1, theirs.abs().max()), name
     assert 0 < metrics["solved"] < 1 and metrics["jsd"] > 0 and metrics["kl"] > 0
-    seen = any("visual" in name for name, _ in gradients)
-    assert seen == STEPS[which][0].get("train_vision", False)
+    for rank in (0, 1):
+        two = torch.load(out / f"steps{rank}.pt", weights_only=False)[which]
+        assert two[0] == texts[rank::2] and two[1] == hints[rank::2]
+        assert two[2] == near(metrics, 1e-4)
+        assert len(two[3]) == len(gradients) == STEPS[which][0].get("updates_per_batch", 1)
+        for ours, theirs in zip(two[3], gradients):
+            assert ours.keys() == theirs.keys()
+            for name, grad in theirs.items():
+                assert (ours[name] - grad).abs().max() < 1e-6 * max(1, grad.abs().max()), name
+    assert any("visual" in name for name in gradients[0]) == (which == 2)
 
 
 def test_runs_of_two_processes_are_those_of_one(ran, tmp_path, signals, monkeypatch):
     """The toy by the command line: metrics of every step, and one set of files."""
     _, out, _ = ran
     monkeypatch.setattr(figures, "finish", lambda folders: None)
+    monkeypatch.setattr(ptdpo, "CALIBRATION", 4)
     assert ptdpo.main([*TOY.split(), "--out", str(tmp_path)]) == 0
     one = timeless(tmp_path / "ptdpo")[0]
     two = timeless(out / "two" / "ptdpo")[0]
@@ -181,19 +177,18 @@ def test_a_signal_to_one_process_stops_both(ran):
     """After the same step, with the same exit code."""
     _, out, _ = ran
     assert codes(out, "stopped") == ["143", "143"]
-    assert len(rows(out / "stopped" / "ptdpo" / "metrics.jsonl")) == 1
+    assert len(rows(out / "stopped/ptdpo/metrics.jsonl")) == 1
 
 
 def test_a_reward_that_is_no_function(ran):
     """Each answer is graded once, by the process that sampled it, so nobody can disagree."""
     _, out, _ = ran
     assert codes(out, "coin") == ["0", "0"]
-    greedy = 2
-    tutored = 2 * 4 + greedy
-    step = 2 * 4 + greedy + 2 * ptdpo.SAMPLES
-    answers = greedy + ptdpo.CALIBRATION * 4 + tutored + 2 * step
+    tutored = 2 * 4 + 2
+    step = 2 * 4 + 2 + 2 * ptdpo.SAMPLES
+    answers = 2 + 4 * 4 + tutored + 2 * step
     assert codes(out, "graded") == [str(answers // 2)] * 2
-    for row in rows(out / "coin" / "ptdpo" / "metrics.jsonl"):
+    for row in rows(out / "coin/ptdpo/metrics.jsonl"):
         assert (row["jsd"] is None) == (row["distilled"] == 0) and row["skipped"] == 0
 
 

@@ -57,19 +57,18 @@ def dying(action, left, seen):
     return call
 
 
-@pytest.mark.parametrize("method", ["grpo", "ptdpo"])
-def test_death_at_every_write(method, tmp_path, monkeypatch):
+def test_death_at_every_write(tmp_path, monkeypatch):
     """The k-th process dies at its k-th sync or rename; the last one ends as if it were alone."""
     monkeypatch.setattr(ptdpo, "CALIBRATION", 4)
     flags = ("--updates-per-batch", "2", "--distill-decay", "--save-every", "2")
-    assert main(start(tmp_path / "whole", *flags, steps=3, method=method)) == 0
-    run = tmp_path / "out" / method
+    assert main(start(tmp_path / "whole", *flags, steps=3)) == 0
+    run = tmp_path / "out/ptdpo"
     seen = set()
     lost = set()
     for k in range(1, 99):
         command = ["--resume", str(run.parent)]
         if not (run / "run.json").exists():
-            command = start(run.parent, *flags, steps=3, method=method)
+            command = start(run.parent, *flags, steps=3)
         with monkeypatch.context() as patch:
             left = [k]
             patch.setattr(ptdpo, "sync", dying(ptdpo.sync, left, seen))
@@ -83,7 +82,7 @@ def test_death_at_every_write(method, tmp_path, monkeypatch):
                     file.seek(0)
                     lost.add(len(file.readlines()) - saved)
                     file.write('{"step": 3, "rew')  # a line that was torn
-    same(run, tmp_path / "whole" / method)
+    same(run, tmp_path / "whole/ptdpo")
     assert k > 10 and {("run.tmp", False), ("checkpoint.tmp", True)} <= seen
     assert lost == {0, 1, 2}  # rows after the saved step were dropped, and made again
 
@@ -123,7 +122,7 @@ def test_checkpoints_come_as_often_as_told(every, steps, tmp_path, monkeypatch):
         assert torch.equal(tensor, saved[3][name]), name  # the first has moved on
 
 
-# ---------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------ signals and locks
 @pytest.mark.parametrize(("method", "number"), [("grpo", 15), ("ptdpo", 2)])
 def test_a_signal_ends_the_step(method, number, finished, tmp_path, monkeypatch, capsys):
     """Amid step 3, where no checkpoint is due; the run goes on as if nothing had been."""
@@ -145,53 +144,48 @@ def test_a_signal_ends_the_step(method, number, finished, tmp_path, monkeypatch,
     same(run, finished[method])
 
 
-def started(*argv, methods):
-    """The program as a user starts it, once all methods have printed a line."""
-    argv = [sys.executable, "-u", ROOT / "ptdpo.py", *argv]
-    run = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    waiting = set(methods)
-    while waiting:
-        line = run.stdout.readline()
-        assert line, run.stderr.read()
-        waiting.discard(line.split()[0])
-    return run
-
-
-def test_a_signal_to_both_methods(tmp_path):
-    """The parent passes it on: both stop, both can go on, the exit code is the signal's."""
-    argv = start(tmp_path, method="both", steps=9999)
-    run = started(*argv, methods=("grpo", "ptdpo"))
-    run.send_signal(signal.SIGTERM)
-    printed, error = run.communicate()
-    assert run.returncode == 143 and "Traceback" not in error, error
-    for method in ("grpo", "ptdpo"):
-        assert f"--resume {tmp_path / method}" in printed
-        assert contents(tmp_path / method)[0] == len(rows(tmp_path / method / "metrics.jsonl"))
-
-
-# ------------------------------------------------------------------------------------------ locks
-def test_one_run_has_one_process(tmp_path, capsys):
-    """A second is refused, and harms nothing; the other method may run beside it.
-
-    A lock ends with its process, also if that is killed.
+def test_two_processes_as_a_user_starts_them(tmp_path, capsys):
+    """A run has one process: a second is refused, and harms nothing. A signal is passed on: both
+    methods stop and can go on, the exit code is the signal's.
     """
-    first = started(*start(tmp_path, steps=9999), methods=["ptdpo"])
-    run = tmp_path / "ptdpo"
-    config = (run / "run.json").read_text()
-    second = start(tmp_path, "--overwrite", "--seed", "1", steps=2)
-    for argv in (second, ["--resume", str(tmp_path)], ["--resume", str(run)]):
+    argv = [sys.executable, "-u", ROOT / "ptdpo.py", *start(tmp_path, method="both", steps=9999)]
+    first = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting = {"grpo", "ptdpo"}
+    while waiting:  # until each has evaluated once
+        line = first.stdout.readline()
+        assert line, first.stderr.read()
+        waiting.discard(line.split()[0])
+    before = [(tmp_path / method / "run.json").read_text() for method in ("grpo", "ptdpo")]
+    again = start(tmp_path, "--overwrite", "--seed", "1", steps=2)
+    for argv in (
+        again,
+        ["--resume", str(tmp_path / "ptdpo")],
+        ["--resume", str(tmp_path / "grpo")],
+    ):
         capsys.readouterr()
         assert main(argv) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "another process" in error
-    assert main(start(tmp_path, steps=1, method="grpo")) == 0
     assert first.poll() is None
-    first.kill()
-    first.communicate()
-    assert (run / "run.json").read_text() == config
-    steps = [row["step"] for row in rows(run / "metrics.jsonl")]
-    assert steps == list(range(1, len(steps) + 1))
-    assert main(second) == 0 and (run / "lock").exists()
+    first.send_signal(signal.SIGTERM)
+    printed, error = first.communicate()
+    assert first.returncode == 143 and "Traceback" not in error, error
+    for method, config in zip(("grpo", "ptdpo"), before):
+        run = tmp_path / method
+        assert f"--resume {run}" in printed and (run / "run.json").read_text() == config
+        steps = [row["step"] for row in rows(run / "metrics.jsonl")]
+        assert steps == list(range(1, contents(run)[0] + 1))
+    assert main(again) == 0 and (tmp_path / "ptdpo/lock").exists()
+
+
+def test_one_method_may_run_beside_the_other(tmp_path, capsys):
+    """In one --out; and a lock ends with its process, or with an error."""
+    with pytest.raises(Killed), ptdpo.locked(tmp_path / "ptdpo"):
+        assert main(start(tmp_path, steps=1, method="grpo")) == 0
+        assert main(start(tmp_path, steps=1)) == 2
+        assert "another process" in capsys.readouterr().err
+        raise Killed
+    assert main(start(tmp_path, steps=1)) == 0
 
 
 # ----------------------------------------------------------------------------- what is not finite

@@ -12,7 +12,7 @@ from PIL import Image
 import ptdpo
 from tiny_vlm import TinyVLM
 from toy_tasks import Grade, Problem
-from toy_tasks.counting import CELLS, COLOURS, SHAPES, STEPS, WORDS, Counting, draw
+from toy_tasks.counting import CELLS, COLOURS, SHAPES, STEPS, Counting, draw
 
 INK = (28, 28, 32)  # of the background
 
@@ -140,7 +140,6 @@ def test_words_of_hints(task, policy):
     assert task.hint_text([], "", "7") == "answer 7"
     longest = policy.tokens(f"how many red circles ? {task.hint_text(CELLS, STEPS)}")
     assert len(longest) + task.max_tokens <= len(policy.position)
-    assert len(WORDS) == len(set(WORDS))
     assert not any(ptdpo.spoils(STEPS, str(n)) for n in range(13))
 
 

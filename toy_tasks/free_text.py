@@ -36,8 +36,9 @@ SPELLINGS = [
     (r"(?:√|\\?sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"),
     (r"(?<![\\a-z])pi(?![a-z])", r"\\pi "),
     (r"(\d+) (\d+)/(\d+)", r"(\1+\2/\3)"),
-    (r" ?(?:\\%|per ?cent(?:age)?)", "%"),
-    (r"(?<=\d )square (\w+)", r"\1^2"),
+    (r" ?(?:\\times|\\cdot|[×*]) ?10 ?\^ ?{?(-?\d{1,3})}?(?! ?[-+*/(\\])", r"e\1"),
+    (r" ?(?:\\%|per ?cent(?:age)?|\bpct\b)", "%"),
+    (r"(?<=\d )(?:square|sq) (\w+)", r"\1^2"),
 ]
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 SPELLINGS += [(rf"\b{word}\b", str(value)) for value, word in enumerate(WORDS)]
@@ -45,7 +46,7 @@ SPELLINGS += [(rf"\b{word}\b", str(value)) for value, word in enumerate(WORDS)]
 UNITS = """mm millimeter, cm centimeter centimetre 厘米, m meter metre 米, km kilometer, mi mile,
 g gram, kg kilogram 千克, mg, lb pound, in inch inches, ft foot feet, yd yard, h hr hour, day, week,
 month, year, min minute 分钟, s sec second 秒, mL, L liter litre 升, C celsius, F, K, 度, rad, m/s,
-km/h, mph, N, J, W watt, kW, V volt, A, Ω ohm, Hz, Pa, mol, dollar, yuan 元, unit"""
+km/h, mph, N newton, J joule, kJ, W watt, kW, V volt, A, Ω ohm, Hz, Pa, mol, dollar, 元, unit"""
 UNIT_OF = {name: unit.split()[0] for unit in UNITS.split(",") for name in unit.split()}
 UNIT = rf"(.*?)(?:(?<=[\d)}}i]) ?({'|'.join(UNIT_OF)})s?(?: ?\^{{?([23])}}?)?)?"
 # "B", "(B)", "B. 12 cm" and what follows it; no letter in "(A) or (B)", "A. B.", "(A) is wrong".
@@ -57,9 +58,7 @@ TEXT = r"(?m)[^\W\d_]{3}|^[a-zA-Z]+$|[\u0400-\u1fff\u3040-\uffff]|:.*\n.*:"
 POWERS = r"\^[^()]*\)\^|}}\^|\^\(|\^{(?!-?\\frac{\d}{\d}})[^}]*[\^*({\\]|[)}]\^\D?\d\d"
 TERMS = r"\^\D{,2}\d{3}|.{200}|!|(?<!_)\d \d|([({[][^])}]*){6}|\\(sum|prod|int|lim|binom|cup.*cup)"
 BOX = r"(?:[^{}]|{(?:[^{}]|{(?:[^{}]|{(?:[^{}]|{(?:[^{}]|{[^{}]*})*})*})*})*})*"  # five deep
-SAID = (
-    r"(?is).*(?:<answer>|(?:\banswer|答案)[*_\s]{,4}(?:is|是|[:：]))[*_\s:：]{,9}(\S.*?)(?:</|\n|$)"
-)
+SAID = r"(?is)^.*(?:<answer>|(?:\banswer|答案)[*_\s]*(?:is\b|是|[:：]))[*_\s:：]*(\S.*?)(?:</|\n|$)"
 # What tells an answer in a hint: the word, or the result of an equation.
 VERDICT = r"\\boxed|\b(?:answer|solution|result|option|choice)s? ?(?:(?:is|are)\b|[=:])|答案|答え"
 RESULT = r"(?:=|\b(?:equals?|equal to|gives?|makes?|yields?|up to|comes to)) *\(?-?(?:\\\w+{)?\d"
@@ -184,14 +183,15 @@ class FreeText:
     function of (problem, text), named as `module:function`. An unfinished answer gets 0.
     """
 
-    held_out = math.inf
-
     def __init__(self, max_tokens=512, reward=None, difficulty=1.0):
         self.max_tokens = max_tokens
+        self.held_out = math.inf
         self.reward = reward
         self.scenes = Counting(difficulty, 67)  # pixels along a cell: 335 along the picture
         try:
             self.function = pkgutil.resolve_name(reward) if reward else None
+            if reward and not callable(self.function):
+                raise TypeError("no function")
         except Exception as error:
             raise UserError(f"--reward {reward}: {error}; give it as module:function") from error
 
@@ -273,14 +273,13 @@ class JsonlTask(FreeText):
         marks = problem.count("<image>")
         if not problem.strip() or marks not in (0, len(images)) or "<image>" in answer + hint:
             raise ValueError("problem is missing, or <image> marks are not as many as pictures")
-        answer = answer.rpartition("####")[2]
-        answer = (extract(answer) or answer).strip()
+        answer = (extract(answer) or answer.rpartition("####")[2]).strip()
         if not self.reward and not matches(extract(f"\\boxed{{{answer}}}") or "", answer):
             raise ValueError(f"answer {answer!r:.60} could never be graded right; mend or drop it")
-        images = [folder / image for image in images]
         for image in images:
-            open_picture(image, check=True)
-        return {"problem": problem, "answer": answer, "hint": hint, "images": images}
+            open_picture(folder / image, check=True)
+        paths = [folder / image for image in images]
+        return {"problem": problem, "answer": answer, "hint": hint, "images": paths}
 
     def problem(self, split, seed, index):
         """Training walks epochs, each in an order from (seed, epoch); the rest is in file order.
