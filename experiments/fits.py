@@ -11,6 +11,7 @@ memory, and the activations of --train-vision.
 """
 
 import argparse
+import json
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,17 +21,8 @@ import torch
 
 import ptdpo
 
-# Width, layers, heads, heads of keys and values, width of the MLP, vocabulary, tied head.
-KNOWN = {
-    "Qwen2-VL-2B": (1536, 28, 12, 2, 8960, 151_936, True),
-    "Qwen2-VL-7B": (3584, 28, 28, 4, 18944, 152_064, False),
-    "Qwen2.5-VL-3B": (2048, 36, 16, 2, 11008, 151_936, True),
-    "Qwen2.5-VL-7B": (3584, 28, 28, 4, 18944, 152_064, False),
-    "Qwen3-VL-4B": (2560, 36, 32, 8, 9728, 151_936, True),
-    "Qwen3-VL-8B": (4096, 36, 32, 8, 12288, 151_936, False),
-}
-# Depth, width and MLP of the vision tower of Qwen3-VL; the others have the defaults.
-VISION = {"Qwen3-VL-4B": (24, 1024, 4096), "Qwen3-VL-8B": (27, 1152, 4304)}
+# Configs of six models, as far as they shape the memory.
+KNOWN = json.loads(Path(__file__).with_name("known_models.json").read_text())
 REMEDIES = [  # from what costs least
     {"checkpointing": True},
     {"checkpointing": True, "sample_batch": 32},
@@ -41,45 +33,23 @@ REMEDIES = [  # from what costs least
 ]
 
 
-def known_config(name):
-    """The config of a known model, without any network."""
-    import transformers as hf
-
-    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-    text = dict(zip([*names, "intermediate_size", "vocab_size"], KNOWN[name]))
-    width = text["hidden_size"]
-    tied = KNOWN[name][-1]
-    if name.startswith("Qwen3"):
-        sizes = dict(zip(("depth", "hidden_size", "intermediate_size"), VISION[name]))
-        vision = sizes | {"out_hidden_size": width}
-        settings = {"text_config": text | {"head_dim": 128}, "vision_config": vision}
-        return hf.Qwen3VLConfig(**settings, tie_word_embeddings=tied)
-    # Rotary positions have no parameters, but the config wants them.
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text["rope_parameters"] = rope
-    if name.startswith("Qwen2.5"):
-        vision = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": width}
-        settings = {"text_config": text, "vision_config": vision}
-        return hf.Qwen2_5_VLConfig(**settings, tie_word_embeddings=tied)
-    settings = {"text_config": text, "vision_config": {"hidden_size": width}}
-    return hf.Qwen2VLConfig(**settings, tie_word_embeddings=tied)
-
-
 def read_shape(name):
     """Sizes and numbers of parameters of a model. UserError if there is no such model."""
     import transformers as hf
 
     short = Path(name).name.removesuffix("-Instruct")
     try:
-        config = known_config(short) if short in KNOWN else hf.AutoConfig.from_pretrained(name)
+        if short in KNOWN and not Path(name).exists():
+            config = hf.AutoConfig.for_model(**KNOWN[short])
+        else:
+            config = hf.AutoConfig.from_pretrained(name)
         with torch.device("meta"):
             model = hf.AutoModelForImageTextToText.from_config(config)
         layers = model.model.language_model.layers
     except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
         known = ", ".join(KNOWN)
         raise ptdpo.UserError(
-            f"{name}: {reason}; give a Qwen folder, a hub name, or {known}"
+            f"{name}: no Qwen model; give a folder, a hub name or {known}"
         ) from error
     text = config.text_config
     D = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -17,18 +17,7 @@ from PIL import Image
 
 from toy_tasks import Problem, UserError, free_text
 from toy_tasks.counting import Counting
-from toy_tasks.free_text import (
-    ASK,
-    PLACES,
-    STEPS,
-    FreeText,
-    JsonlTask,
-    extract,
-    make_task,
-    matches,
-    open_picture,
-    spoils,
-)
+from toy_tasks.free_text import ASK, STEPS, FreeText, JsonlTask, extract, matches, open_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = json.loads((ROOT / "tests" / "grading_cases.json").read_text(encoding="utf-8"))
@@ -96,15 +85,7 @@ def test_grades():
     """0.1 for an answer that is found, 0.9 if it is right; nothing for one that was cut off."""
     task = FreeText()
     problem = Problem([], "?", "12")
-    for text, reward in [
-        (r"so \boxed{12}", 1.0),
-        (r"\boxed{13}", 0.1),
-        ("12", 0.0),
-        ("**Answer**: 12.", 1.0),
-        (r"\boxed{12} or \boxed{3}", 0.1),
-        (r"\boxed{12", 0.0),
-        (r"\boxed{}", 0.1),
-    ]:
+    for text, reward in CASES["grades, gold 12"]:
         grade = task.grade(problem, text, True)
         assert (grade.reward, grade.solved, grade.points) == (reward, reward == 1, None), text
     assert task.grade(problem, r"\boxed{12}", False) == task.grade(problem, "", True)
@@ -127,7 +108,6 @@ def word(problem, text): return 'good'
 def nothing(problem, text): return None
 def three(problem, text): return 1, 2, 3
 def fails(problem, text): return {}[text]
-value = 3
 """
 
 
@@ -143,7 +123,7 @@ def test_own_reward(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=re.escape(kind)) as error:
             FreeText(reward=f"own_reward:{name}").grade(problem, "3", True)
         assert f"own_reward:{name}" in str(error.value) and "\n" not in str(error.value)
-    for name in ("nothing", "no_such_module:f", "own_reward:none", "own_reward:value", "a:b:c"):
+    for name in ("nothing", "no_such_module:f", "own_reward:none", "a:b:c"):
         with pytest.raises(UserError, match=f"--reward {name}: .*module:function"):
             FreeText(reward=name)
 
@@ -157,15 +137,17 @@ def test_own_reward(tmp_path, monkeypatch):
 def test_spoiler_rule(kind, caught):
     """What is caught, what may stay, and what the rule is known to miss."""
     for hint, answer in CASES[kind]:
-        assert spoils(hint, answer) is caught, (hint, answer)
-    assert not any(spoils(STEPS, answer) for answer in ("1", "A", "0", "one", "B", "circle"))
+        assert free_text.spoils(hint, answer) is caught, (hint, answer)
+    assert not any(
+        free_text.spoils(STEPS, answer) for answer in ("1", "A", "0", "one", "B", "circle")
+    )
 
 
 def test_good_hints_pass():
     """At most 5 % of 200 hints, in words as people write them, are turned away."""
     pairs = [line.split("\t") for line in (ROOT / "tests/good_hints.txt").read_text().splitlines()]
     assert len({hint for hint, _ in pairs}) == 200
-    assert sum(spoils(hint, answer) for hint, answer in pairs) <= 10
+    assert sum(free_text.spoils(hint, answer) for hint, answer in pairs) <= 10
 
 
 # ---------------------------------------------------------------- pictures
@@ -392,7 +374,11 @@ def test_counting_in_words():
             at = (int(1.5 * (top + bottom) / 335), int(1.5 * (left + right) / 335))
             places.add(3 * at[0] + at[1])
         assert problem.targets == sorted(places) and task.put(scene) == problem
-    assert len(PLACES) == 9 and PLACES[3:6] == ["centre left", "centre", "centre right"]
+    assert len(free_text.PLACES) == 9 and free_text.PLACES[3:6] == [
+        "centre left",
+        "centre",
+        "centre right",
+    ]
 
 
 def test_hint_text():
@@ -406,8 +392,8 @@ def test_hint_text():
 def test_make_task(data):
     """Every setting reaches the task; one data file of the two is an error."""
     path = write(data, row())
-    task = make_task(7, 0.0, None, path, path)
+    task = free_text.make_task(7, 0.0, None, path, path)
     assert (type(task), task.max_tokens, task.scenes.noise) == (JsonlTask, 7, 0)
-    assert make_task(7, 1.0, "json:dumps", None, None).function is json.dumps
+    assert free_text.make_task(7, 1.0, "json:dumps", None, None).function is json.dumps
     with pytest.raises(UserError, match="give both, or neither"):
-        make_task(7, 1.0, None, path, None)
+        free_text.make_task(7, 1.0, None, path, None)

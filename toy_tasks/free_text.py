@@ -9,6 +9,7 @@ import math
 import pkgutil
 import random
 import re
+import sys
 import unicodedata
 import warnings
 from functools import lru_cache
@@ -188,10 +189,9 @@ class FreeText:
         self.held_out = math.inf
         self.reward = reward
         self.scenes = Counting(difficulty, 67)  # pixels along a cell: 335 along the picture
+        sys.path.append(".")  # the module may lie where the command is given
         try:
             self.function = pkgutil.resolve_name(reward) if reward else None
-            if reward and not callable(self.function):
-                raise TypeError("no function")
         except Exception as error:
             raise UserError(f"--reward {reward}: {error}; give it as module:function") from error
 
