@@ -48,9 +48,10 @@ class Block(nn.Module):
         nn.init.zeros_(down.weight)
 
     def forward(self, x, mask=None, past=None, show=False):
-        """x [B, Q, H], mask bool [B, 1, Q, K], past keys and values -> x, (keys, values), attention.
+        """x [B, Q, H] -> x [B, Q, H], keys and values, attention.
 
-        The attention [B, Q, K] is a mean over heads, None unless it is to be shown. Fast attention
+        mask: who sees whom, bool [B, 1, Q, K]; past: keys and values of the tokens before. The
+        attention [B, Q, K] is a mean over heads, None unless it is to be shown. Fast attention
         never shows its weights, so softmax(q k' / sqrt d) is computed once more.
         """
         B, Q, H = x.shape

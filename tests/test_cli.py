@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -26,12 +25,6 @@ FLAGS = """toy model resume eval help help-metrics method steps seed out overwri
 SCORES = {"accuracy", "point_f1", "right_reason", "pass_1", "pass_8"}
 ALWAYS = """step reward solved entropy answer_entropy kl grad_norm groups_all_failed groups_mixed
     groups_all_solved completion_length seconds skipped distilled""".split()
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pictures take longer than these runs."""
-    monkeypatch.setattr(figures, "finish", lambda folders: None)
 
 
 # ------------------------------------------------------------------------------ what a run leaves
@@ -88,35 +81,16 @@ def test_run_json_and_samples(finished):
     assert rows(finished["grpo"] / "samples.jsonl")[0]["hint"] is None
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("flags", ["--method grpo", "--hint oracle", "--hint random", ""])
 def test_layers_are_ranked_only_where_they_are_used(flags, tmp_path, monkeypatch):
     """On a large model that takes minutes."""
+    monkeypatch.setattr(figures, "finish", lambda folders: None)
     monkeypatch.setattr(ptdpo, "calibrate", Mock(return_value=[0.1, 0.3, 0.2]))
     assert main([*start(tmp_path, steps=1), *flags.split()]) == 0
     assert ptdpo.calibrate.call_count == (flags == "")
 
 
 # ------------------------------------------------------------------------------------- same again
-@pytest.mark.usefixtures("undrawn")
-def test_another_seed_poses_other_problems(finished, tmp_path):
-    """The same one gives the same run, as below."""
-    assert main(start(tmp_path, "--seed", "1", steps=1)) == 0
-    assert timeless(tmp_path / "ptdpo")[0][0] != timeless(finished["ptdpo"])[0][0]
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_overwriting_must_be_asked_for(finished, tmp_path, capsys):
-    """Otherwise the old run stays to the last byte; with --overwrite nothing of it stays."""
-    shutil.copytree(finished["ptdpo"], tmp_path / "ptdpo")
-    before = files(tmp_path)
-    assert main(start(tmp_path, steps=1)) == 2
-    assert "--overwrite" in capsys.readouterr().err and files(tmp_path) == before
-    assert main(start(tmp_path, "--overwrite", "--seed", "3", steps=1)) == 0
-    assert len(rows(tmp_path / "ptdpo" / "metrics.jsonl")) == 1
-    assert contents(tmp_path / "ptdpo")[0] == 1
-
-
 def test_both_methods_as_a_user_runs_them(finished, tmp_path):
     """From another folder: two processes, each as if it were alone, a table, two pictures."""
     argv = [sys.executable, ROOT / "ptdpo.py", *start("here", method="both")]

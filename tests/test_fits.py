@@ -1,4 +1,4 @@
-"""The predicted memory of a run, against storage that is counted op by op, and against known sizes."""
+"""The predicted memory of a run, against storage counted op by op, and against known sizes."""
 
 import weakref
 
@@ -58,8 +58,8 @@ class LiveStorage(TorchDispatchMode):
 
 
 def measured_and_predicted(folder, settings):
-    """Peak of the second training step in bytes, as counted and as predicted."""
-    sizes = {"max_tokens": 48, "group": 4, "prompts": 2, "max_pixels": 3136}
+    """Peak of a training step in bytes, as counted and as predicted."""
+    sizes = {"max_tokens": 32, "group": 4, "prompts": 2, "max_pixels": 3136}
     config = ptdpo.make_config(settings | sizes | {"model": str(folder)})
     task = ptdpo.make_task_of(config)
     policy = ptdpo.load_policy(config, task)
@@ -69,19 +69,18 @@ def measured_and_predicted(folder, settings):
     learned = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, config.lr)
     with LiveStorage([policy, ref]) as live:
-        for step in (1, 2):
-            live.peak = live.now
-            ptdpo.train_step(policy, ref, task, optimizer, config, [1], step)
+        ptdpo.live_tensors(policy, optimizer)  # makes the moments, as after a first step
+        ptdpo.train_step(policy, ref, task, optimizer, config, [1], 1)
     prompt = policy.encode(task.problem("train", 0, 0))
     shape = fits.read_shape(str(folder))
     return live.peak, fits.total(fits.predict(shape, config, len(prompt.ids), 4))
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-def test_prediction_is_within_15_percent(tmp_path, family):
+@pytest.mark.parametrize(("family", "kinds"), [("qwen2_vl", KINDS), ("qwen3_vl", KINDS[::3])])
+def test_prediction_is_within_15_percent(tmp_path, family, kinds):
     """Full and LoRA, with and without checkpointing."""
-    tiny_qwen.save(tmp_path, family, hidden=256, layers=4)
-    for settings in KINDS:
+    tiny_qwen.save(tmp_path, family, hidden=192, layers=3)
+    for settings in kinds:
         measured, predicted = measured_and_predicted(tmp_path, settings)
         assert predicted == pytest.approx(measured, rel=0.15), settings
 

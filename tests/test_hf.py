@@ -14,8 +14,8 @@ from test_step import textbook
 from torch.overrides import TorchFunctionMode
 
 import ptdpo
-from toy_tasks import Grade, Problem, UserError
-from toy_tasks.free_text import PLACES, FreeText
+from toy_tasks import Problem, UserError
+from toy_tasks.free_text import PLACES
 
 T = 9  # tokens of an answer
 G = 3  # answers to a prompt
@@ -34,27 +34,13 @@ PROBLEMS = [
     Problem([picture(64, 64, 4)], "?", "1"),
     Problem([], "Say yes.", "yes"),
 ]
-# What a user would hand to the chat template, None for a picture: it comes first if not marked.
-CONTENTS = [
-    [None, "How many dots?"],
-    ["Is ", None, " larger than ", None, "?"],
-    [None, "?"],
-    ["Say yes."],
+PICTURE = "<|vision_start|>{}<|vision_end|>"
+QUESTIONS = [  # as the model reads them: a picture that is not marked comes first
+    f"{PICTURE}How many dots?",
+    f"Is {PICTURE} larger than {PICTURE}?",
+    f"{PICTURE}?",
+    "Say yes.",
 ]
-
-
-class Parity(FreeText):
-    """The four problems in turn; an answer is solved if its bytes have an even sum."""
-
-    def __init__(self):
-        super().__init__(T)
-
-    def problem(self, split, seed, index):
-        return PROBLEMS[index % 4]
-
-    def grade(self, problem, text, finished):
-        even = sum(text.encode()) % 2 == 0
-        return Grade(float(even), even, None)
 
 
 def load(folder, **changes):
@@ -127,44 +113,24 @@ def allowed_logits(policy, hidden):
 
 
 # --------------------------------------------------------------------------------------- encoding
-def real_processor(folder):
-    """The processor of transformers, without videos, for which it wants torchvision."""
-    import transformers
+def test_prompts(folder, policy, prompts):
+    """Ids, pixels and grids, of the files of the hub alone; nothing needs torchvision."""
+    from transformers import AutoImageProcessor, AutoTokenizer
 
-    class NoVideo(getattr(transformers, tiny_qwen.PROCESSORS[folder.name])):
-        @classmethod
-        def get_attributes(cls):
-            return ["image_processor", "tokenizer"]
-
-        def __init__(self, *parts, chat_template):
-            for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
-                token = name.removesuffix("_pad") + "_token"
-                setattr(self, token, f"<|{name}|>")
-                setattr(self, f"{token}_id", tiny_qwen.TOKEN[f"<|{name}|>"])
-            transformers.ProcessorMixin.__init__(self, *parts, chat_template=chat_template)
-
-    parts = [transformers.AutoImageProcessor, transformers.AutoTokenizer]
-    parts = [part.from_pretrained(folder) for part in parts]
-    return NoVideo(*parts, chat_template=tiny_qwen.TEMPLATE)
-
-
-def test_prompts_equal_those_of_the_real_processor(folder, prompts):
-    """Ids, pixels and grids; `<image>` marks keep their places; nothing needs torchvision."""
-    real = real_processor(folder)
-    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    for problem, content, prompt in zip(PROBLEMS, CONTENTS, prompts):
-        pictures = iter(problem.images)
-        parts = []
-        for text in content:
-            image = {"type": "image", "image": next(pictures)} if text is None else None
-            parts.append(image or {"type": "text", "text": text})
-        chat = [{"role": "user", "content": parts}]
-        expected = real.apply_chat_template(chat, add_generation_prompt=True, **how)
-        assert prompt.ids == expected["input_ids"][0].tolist()
+    pixels = AutoImageProcessor.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for problem, question, prompt in zip(PROBLEMS, QUESTIONS, prompts):
+        counts = []
         if problem.images:
+            expected = pixels(images=problem.images, return_tensors="pt")
             assert torch.equal(prompt.pixels, expected["pixel_values"])
             assert torch.equal(prompt.grid, expected["image_grid_thw"])
+            counts = (prompt.grid.prod(1) // 4).tolist()  # two patches by two are a token
+        text = question.format(*("<|image_pad|>" * count for count in counts))
+        chat = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        assert prompt.ids == tokenizer(chat)["input_ids"]
     assert prompt.pixels is None and prompt.grid is None
+    assert policy.region_names(prompts[0]) == PLACES and policy.region_names(prompt) == []
     assert "torchvision" not in sys.modules
 
 
@@ -208,6 +174,7 @@ def test_painted_places(policy, size):
     names = policy.region_names(clean)
     assert names == [f"picture {i}: {place}" for i in (1, 2) for place in PLACES]
     columns = torch.tensor(clean.ids[:-1]) == policy.image_id
+    assert torch.allclose(policy.by_region([clean], columns.float()[None, None]), torch.ones(18))
     for region in range(18):
         pictures = [blank.copy(), blank.copy()]
         x = (region % 3 + 0.5) / 3 * size[0]
@@ -218,7 +185,7 @@ def test_painted_places(policy, size):
         # The patches of a token follow each other.
         weights = change.abs().sum(1).view(-1, policy.merge**2).sum(1)
         attention = torch.zeros(len(columns)).masked_scatter(columns, weights)
-        found = policy.by_region([clean], attention[None, None])[0, 0]
+        found = policy.by_region([clean], attention[None, None]).flatten()
         assert found.argmax() == region and found.max() > 0.8 * found.sum(), names[region]
 
 
@@ -292,56 +259,21 @@ def test_packed_row_equals_one_row_an_answer(policy, plain, prompts, answers):
     policy.zero_grad()
 
 
-def test_padding_changes_nothing(policy, prompts, answers):
-    """On the left, by longer prompts; on the right, by longer answers: it costs no column."""
+def test_columns_behind_the_longest_answer_cost_nothing(policy, prompts, answers):
+    """The states before them stay, their own are 0, and the row is no longer."""
     mask = torch.ones_like(answers)
+    padding = torch.full((4 * G, 5), policy.stop_ids[0])
     rows = []
     hook = policy.base.model.register_forward_hook(lambda m, i, out: rows.append(out[0].shape[1]))
     with torch.no_grad():
-        together, attention = policy.forward(prompts, answers, mask, [1])
-        for b, prompt in enumerate(prompts[:3]):
-            own = slice(b * G, b * G + G)
-            hidden, looks = policy.forward([prompt], answers[own], mask[own], [1])
-            assert (together[own] - hidden).abs().max() < 1e-5
-            R = len(policy.region_names(prompt))
-            assert (attention[:, own, :R] - looks).abs().max() < 1e-6
-            assert (attention[:, own, R:] == 0).all()
-        padding = torch.full((4 * G, 5), policy.stop_ids[0])
-        wide = torch.cat([answers, padding], 1)
-        hidden, looks = policy.forward(prompts, wide, torch.cat([mask, 0 * padding], 1), [1])
         first, _ = policy.forward(prompts, answers[:, :1])
+        short, looks = policy.forward(prompts, answers, mask, [1])
+        wide = torch.cat([answers, padding], 1)
+        long, same = policy.forward(prompts, wide, torch.cat([mask, 0 * padding], 1), [1])
     hook.remove()
-    assert (hidden[:, :T] - together).abs().max() < 1e-5 and (hidden[:, T + 1 :] == 0).all()
-    assert torch.allclose(attention, looks, atol=1e-6)
-    assert (first - together[:, :1]).abs().max() < 1e-5
-    assert rows[4] - rows[0] <= G  # at most the column of an end that did not fit before
-
-
-def test_answers_of_a_group_do_not_see_each_other(policy, prompts, answers):
-    """Another answer 1: all states of the others stay, and its own first one."""
-    other = answers.clone()
-    other[1] = (other[1] + 1) % 250
-    with torch.no_grad():
-        change = (policy.forward(prompts, answers)[0] - policy.forward(prompts, other)[0]).abs()
-    assert change[1, 1:].max() > 1e-2
-    change[1, 1:] = 0
-    assert change.max() < 1e-6
-
-
-def mean_by_hand(values, grid):
-    """Mean of the values of the tokens whose centre lies in each ninth of each picture."""
-    found = []
-    for _, height, width in grid.tolist():
-        for place in range(9):
-            inside = []
-            for i in range(height * width):
-                row = math.floor((i // width + 0.5) / height * 3)
-                column = math.floor((i % width + 0.5) / width * 3)
-                if 3 * row + column == place:
-                    inside.append(values[i].item())
-            found.append(sum(inside) / max(1, len(inside)))
-        values = values[height * width :]
-    return torch.tensor(found)
+    assert (long[:, :T] - short).abs().max() < 1e-5 and (long[:, T + 1 :] == 0).all()
+    assert torch.allclose(looks, same, atol=1e-6) and torch.allclose(first, short[:, :1], atol=1e-5)
+    assert rows[2] - rows[1] <= G  # at most the column of an end that did not fit before
 
 
 def test_recorded_attention_equals_eager_attention(policy, plain, prompts, answers):
@@ -356,9 +288,8 @@ def test_recorded_attention_equals_eager_attention(policy, plain, prompts, answe
         for n, (prompt, output) in enumerate(rows):
             for k, layer in enumerate((2, 0)):
                 maps = output.attentions[layer][0].mean(0)[len(prompt.ids) - 1 :]
-                to_prompt = maps[mask[n]].mean(0)[: len(prompt.ids)]
-                to_tokens = to_prompt[torch.tensor(prompt.ids) == policy.image_id]
-                expected = mean_by_hand(to_tokens, prompt.grid // 2)
+                to_prompt = maps[mask[n]].mean(0)[: len(prompt.ids) - 1]
+                expected = policy.by_region([prompt], to_prompt[None, None]).flatten()
                 assert (attention[k, n, : len(expected)] - expected).abs().max() < 1e-6
         plain.set_attn_implementation({"text_config": "sdpa"})
     assert torch.equal(before, hidden)  # to look changes nothing
@@ -458,7 +389,7 @@ def test_update_of_a_mixed_batch_equals_autograd(folder, monkeypatch, micro):
     ref = policy.frozen_copy()
     with torch.no_grad():
         policy.head_weight.mul_(3)  # the KL and the JSD are well above 0
-    rollout, hints, batch = make_batch(policy, ref, Parity(), config)
+    rollout, hints, batch = make_batch(policy, ref, tiny_qwen.Parity(T, PROBLEMS), config)
     policy.suppress_ids = ref.suppress_ids = []  # the textbook does not know them
     assert batch.distill.any() and not batch.distill.all() and batch.advantages.any()
     loss, _ = textbook(policy, ref, rollout, hints, batch, config)

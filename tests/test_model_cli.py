@@ -27,12 +27,6 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(figures, "finish", lambda folders: None)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny random Qwen2-VL as the hub has it."""
-    return tiny_qwen.save(tmp_path_factory.mktemp("model"), "qwen2_vl", dtype=torch.bfloat16)
-
-
 def write_data(path):
     """Lines with one, two and no pictures."""
     lines = []
@@ -43,16 +37,15 @@ def write_data(path):
 
 
 @pytest.mark.parametrize("kind", ["full", "adapters"])
-def test_both_methods_stopped_in_the_first_and_resumed(kind, folder, tmp_path, monkeypatch, capfd):
+def test_both_methods_stopped_in_the_first_and_resumed(kind, tmp_path, monkeypatch, capfd):
     """From another folder, which does not have the data: bit-equal to a run that went through.
 
     Nothing is printed on stderr, such as a warning that an argument will go.
     """
     flags = ["--model", "assets/small-qwen", "--method", "both", *SMALL.split()]
     if kind == "adapters":
-        flags[1] = str(folder)
+        flags[1] = str(tiny_qwen.save(tmp_path / "tiny", "qwen2_vl", dtype=torch.bfloat16))
         flags += "--lora 2 --checkpointing --data d.jsonl --eval-data d.jsonl".split()
-    (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "d.jsonl")
     capfd.readouterr()
@@ -70,7 +63,7 @@ def test_both_methods_stopped_in_the_first_and_resumed(kind, folder, tmp_path, m
         main([*flags, "--out", "parts"])
     assert contents(tmp_path / "parts/grpo")[0] == 2
     assert not (tmp_path / "parts/ptdpo/checkpoint.safetensors").exists()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "whole")
     assert main(["--resume", str(tmp_path / "parts")]) == 0
     for method in ("grpo", "ptdpo"):
         whole = tmp_path / "whole" / method
@@ -90,8 +83,8 @@ def test_both_methods_stopped_in_the_first_and_resumed(kind, folder, tmp_path, m
 def test_defaults_of_a_large_model(tmp_path, monkeypatch):
     """Adapters learn ten times as fast; what is given stays."""
     monkeypatch.setattr(ptdpo, "run", lambda *_: None)
+    out = ["--out", str(tmp_path), "--overwrite"]
     for flags, lr, steps in (("", 1e-6, 200), ("--lora 4", 1e-5, 200), ("--lr 1 --steps 2", 1, 2)):
-        out = ["--out", str(tmp_path), "--overwrite"]
         assert main(["--model", "assets/small-qwen", *flags.split(), *out]) == 0
         config = json.loads((tmp_path / "ptdpo/run.json").read_text())["config"]
         assert (config["lr"], config["steps"], config["save_every"]) == (lr, steps, 50)

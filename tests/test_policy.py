@@ -57,8 +57,8 @@ def test_sampling_and_training_have_one_distribution(policy, prompts):
     assert torch.equal(best[mask], ids[mask])
     assert (ids[~mask] == 0).all()
     # Rounding of the last cumulative probability must not point beyond the last word.
-    edge = policy.sample(prompts, torch.tensor([[0.0], [0.5], [1 - 1e-16]], dtype=torch.double))
-    assert 0 == edge[0] < edge[1] < edge[2] < len(WORDS)
+    edge = policy.sample(prompts, torch.tensor([[0.0], [0.5], [1 + 1e-15]], dtype=torch.double))
+    assert 0 == edge[0] < edge[1] < edge[2] == len(WORDS) - 1
 
 
 def test_prefix_is_read_once_a_group_and_sampling_stops_early(policy, prompts, monkeypatch):

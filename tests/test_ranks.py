@@ -12,7 +12,7 @@ from helpers import ROOT, batch_of, rows, timeless
 
 import ptdpo
 from experiments import figures
-from toy_tasks import Grade, Problem
+from toy_tasks import Problem
 from toy_tasks.free_text import FreeText
 
 TOY = "--toy --method ptdpo --steps 3 --prompts 4 --group 4 --eval-problems 17 --eval-every 1"
@@ -40,23 +40,6 @@ def judge(problem, text):  # fails on one call, in one process
 """
 
 
-class Parity(FreeText):
-    """Counting scenes; an answer is solved if the sum of its bytes can be divided by three."""
-
-    def __init__(self, mixed):
-        super().__init__(7)
-        self.mixed = mixed
-
-    def problem(self, split, seed, index):
-        if self.mixed and index % 2:
-            return Problem([], f"Say {index}.", "yes", "Name it.")
-        return super().problem(split, seed, index)
-
-    def grade(self, problem, text, finished):
-        solved = sum(text.encode()) % 3 == 0
-        return Grade(float(solved), solved, None)
-
-
 def one_step(folder, changes, mixed):
     """Answers, hints, metrics and the gradients of the updates of a step on four problems."""
     config = ptdpo.Config(model=str(folder), prompts=4, group=3, kl_weight=1.0, **changes)
@@ -64,7 +47,8 @@ def one_step(folder, changes, mixed):
     ref = policy.frozen_copy()
     with torch.no_grad():
         policy.head_weight.mul_(1.1)  # the KL has a gradient
-    task = Parity(mixed)
+    text_only = Problem([], "Say yes.", "yes", "Name it.") if mixed else None
+    task = tiny_qwen.Parity(7, [None, text_only])
     problems = ptdpo.pose(task, "train", 0, 0, 4)
     rollout = ptdpo.sample_and_grade(policy, task, problems, config.group, ("ranks", 1))
     hints, batch = batch_of(ref, task, rollout, config)
@@ -89,12 +73,12 @@ def main(argv, label, out):
     (out / f"{label}{ptdpo.RANK}").write_text(str(code))
 
 
-def worker(folder, out):
+def worker(out):
     """What each of the two processes does."""
     figures.finish = lambda folders: None
     ptdpo.CALIBRATION = 4
     ptdpo.connect()
-    torch.save([one_step(folder, *step) for step in STEPS], out / f"steps{ptdpo.RANK}.pt")
+    torch.save([one_step(out / "model", *step) for step in STEPS], out / f"steps{ptdpo.RANK}.pt")
     main(f"{TOY} --out {out}/two", "two", out)
     report = ptdpo.report
 
@@ -118,17 +102,18 @@ def worker(folder, out):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """Folder of the model, folder of what two processes wrote, and what they printed."""
-    folder = tiny_qwen.save(tmp_path_factory.mktemp("model"), "qwen2_vl")
+def out(tmp_path_factory):
+    """Folder of what two processes wrote and printed, and of their model."""
     out = tmp_path_factory.mktemp("out")
+    tiny_qwen.save(out / "model", "qwen2_vl")
     (out / "rewards.py").write_text(REWARDS)
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, *launch, __file__, folder, out]
+    argv = [sys.executable, *launch, __file__, out]
     done = subprocess.run(argv, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, out, done.stderr
+    (out / "printed").write_text(done.stderr)
+    return out
 
 
 def codes(out, label):
@@ -142,10 +127,9 @@ def near(row, share):
 
 
 @pytest.mark.parametrize("which", range(len(STEPS)))
-def test_gradients_of_two_processes_are_those_of_one(ran, which):
+def test_gradients_of_two_processes_are_those_of_one(out, which):
     """Answers, hints, metrics, and the gradient of every parameter in every update."""
-    folder, out, _ = ran
-    texts, hints, metrics, gradients = one_step(folder, *STEPS[which])
+    texts, hints, metrics, gradients = one_step(out / "model", *STEPS[which])
     assert 0 < metrics["solved"] < 1 and metrics["jsd"] > 0 and metrics["kl"] > 0
     for rank in (0, 1):
         two = torch.load(out / f"steps{rank}.pt", weights_only=False)[which]
@@ -159,9 +143,8 @@ def test_gradients_of_two_processes_are_those_of_one(ran, which):
     assert any("visual" in name for name in gradients[0]) == (which == 2)
 
 
-def test_runs_of_two_processes_are_those_of_one(ran, tmp_path, signals, monkeypatch):
+def test_runs_of_two_processes_are_those_of_one(out, tmp_path, signals, monkeypatch):
     """The toy by the command line: metrics of every step, and one set of files."""
-    _, out, _ = ran
     monkeypatch.setattr(figures, "finish", lambda folders: None)
     monkeypatch.setattr(ptdpo, "CALIBRATION", 4)
     assert ptdpo.main([*TOY.split(), "--out", str(tmp_path)]) == 0
@@ -173,16 +156,14 @@ def test_runs_of_two_processes_are_those_of_one(ran, tmp_path, signals, monkeypa
     assert not list((out / "two" / "ptdpo").glob("*.tmp"))
 
 
-def test_a_signal_to_one_process_stops_both(ran):
+def test_a_signal_to_one_process_stops_both(out):
     """After the same step, with the same exit code."""
-    _, out, _ = ran
     assert codes(out, "stopped") == ["143", "143"]
     assert len(rows(out / "stopped/ptdpo/metrics.jsonl")) == 1
 
 
-def test_a_reward_that_is_no_function(ran):
+def test_a_reward_that_is_no_function(out):
     """Each answer is graded once, by the process that sampled it, so nobody can disagree."""
-    _, out, _ = ran
     assert codes(out, "coin") == ["0", "0"]
     tutored = 2 * 4 + 2
     step = 2 * 4 + 2 + 2 * ptdpo.SAMPLES
@@ -192,23 +173,16 @@ def test_a_reward_that_is_no_function(ran):
         assert (row["jsd"] is None) == (row["distilled"] == 0) and row["skipped"] == 0
 
 
-def test_an_error_in_one_process_ends_both(ran):
-    """With one line, printed once, though the other process waits for this one."""
-    _, out, printed = ran
-    assert codes(out, "judge") == ["2", "2"]
-    told = [line for line in printed.splitlines() if "the judge does not answer" in line]
-    assert len(told) == 1 and told[0].startswith("ptdpo.py: --reward ") and "Trace" not in printed
-
-
-@pytest.mark.parametrize(("label", "flag"), [("few", "--prompts"), ("bad", "--lr nan")])
-def test_a_mistake_is_told_once(ran, label, flag):
-    """More processes than groups; a wrong flag."""
-    _, out, printed = ran
-    told = [line for line in printed.splitlines() if line.startswith(f"ptdpo.py: {flag}")]
-    assert codes(out, label) == ["2", "2"] and len(told) == 1
-    assert not (out / label).exists()
+def test_mistakes_end_both(out):
+    """With one line, printed once, though the other process may wait for the one that failed."""
+    printed = (out / "printed").read_text()
+    assert "the judge does not answer" in printed and "Traceback" not in printed
+    for label, says in (("judge", "--reward"), ("few", "--prompts"), ("bad", "--lr nan")):
+        told = [line for line in printed.splitlines() if line.startswith(f"ptdpo.py: {says}")]
+        assert codes(out, label) == ["2", "2"] and len(told) == 1, printed
+    assert not (out / "few").exists() and not (out / "bad").exists()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worker(*map(Path, sys.argv[1:]))
+    worker(Path(sys.argv[1]))

@@ -175,7 +175,8 @@ def test_two_processes_as_a_user_starts_them(tmp_path, capsys):
         assert f"--resume {run}" in printed and (run / "run.json").read_text() == config
         steps = [row["step"] for row in rows(run / "metrics.jsonl")]
         assert steps == list(range(1, contents(run)[0] + 1))
-    assert main(again) == 0 and (tmp_path / "ptdpo/lock").exists()
+    assert main(again) == 0  # nothing of the old run stays
+    assert len(rows(run / "metrics.jsonl")) == contents(run)[0] == 2
 
 
 def test_one_method_may_run_beside_the_other(tmp_path, capsys):
@@ -218,20 +219,13 @@ def test_three_steps_without_an_update_end_the_run(tmp_path, monkeypatch, capsys
 
 
 def test_a_full_disk_is_one_line(finished, tmp_path, capsys, monkeypatch):
-    """The checkpoint before it is whole, and the run goes on."""
-    room = [2]
-    plain = ptdpo.save_file
-
-    def save_file(tensors, path, metadata):
-        room[0] -= 1
-        if room[0] < 0:
-            path.write_bytes(b"part of a checkpoint")
-            raise OSError(28, "No space left on device", str(path))
-        plain(tensors, path, metadata)
-
+    """The checkpoint before it stays, and the run goes on."""
+    assert main(start(tmp_path, steps=2)) == 0
+    capsys.readouterr()
+    full = OSError(28, "No space left on device", "checkpoint.tmp")
     with monkeypatch.context() as patch:
-        patch.setattr(ptdpo, "save_file", save_file)
-        assert main(start(tmp_path, "--save-every", "1")) == 2
+        patch.setattr(ptdpo, "save_file", Mock(side_effect=full))
+        assert main(["--resume", str(tmp_path), "--steps", "4"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left" in error
     assert contents(tmp_path / "ptdpo")[0] == 2

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from experiments.small_qwen import SPECIAL, TEMPLATE
+from toy_tasks import Grade
+from toy_tasks.free_text import FreeText
 
 PROCESSORS = {
     "qwen2_vl": "Qwen2VLProcessor",
@@ -110,3 +112,18 @@ def save(folder, family, dtype=torch.float32, seed=0, gain=4.0, **sizes):
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}, indent=2))
     return folder
+
+
+class Parity(FreeText):
+    """Problems in turn, None for a counting scene. The sum of its bytes decides on an answer."""
+
+    def __init__(self, max_tokens, problems):
+        super().__init__(max_tokens)
+        self.problems = problems
+
+    def problem(self, split, seed, index):
+        return self.problems[index % len(self.problems)] or super().problem(split, seed, index)
+
+    def grade(self, problem, text, finished):
+        solved = sum(text.encode()) % 3 == 0
+        return Grade(float(solved), solved, None)
