@@ -351,6 +351,11 @@ def build_hints(ref, task, rollout, relevance, config, key):
     hints = []
     for b, problem in enumerate(rollout.problems):
         names = ref.region_names(rollout.prompts[b])
+        known = {"oracle": problem.targets, "votes": rollout.grades[b][0].points}
+        if known.get(config.hint, ()) is None:
+            raise UserError(
+                f"--hint {config.hint}: this task does not know regions; choose another"
+            )
         # Tiny noise breaks ties. With `--hint random` there is nothing else.
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
         score = noise.double() * 1e-9
@@ -480,8 +485,8 @@ def topk_jsd(student_logits, teacher_logits, k, divergence="jsd"):
     """JSD of two next-word distributions: the Top-K words of both one by one, the rest as one.
 
     Logits [..., V] -> [...] in nats, from 0 to ln 2. Never above the exact JSD, and equal to it at
-    k >= V. The gradient goes to the student alone. float32 is good to 1e-6 nats: below that the
-    value is noise, and may be negative. Source: the paper's Top-K JSD; the union is departure 2.
+    k >= V. The gradient goes to the student alone. float32 is good to about 2e-6 nats: below that
+    the value is noise, and may be negative. Source: the paper's Top-K JSD, and departure 2.
     """
     teacher_logits = teacher_logits.detach()
     k = min(k, student_logits.shape[-1])
@@ -856,19 +861,19 @@ SAMPLES = 8  # answers to a problem for pass_1, pass_8 and ways
 
 
 def held_out(task, config, count):
-    """Held-out problems of this process, in batches."""
+    """Held-out problems of this process, in batches: index of the first, and problems."""
     count = max(RANKS, min(count, task.held_out))
     for start, stop in even_cuts(count, max(1, count // HELD_OUT)):
-        yield pose(task, config.eval_split, 0, start, stop - start)
+        yield start, pose(task, config.eval_split, 0, start, stop - start)
 
 
 def evaluate(policy, task, config, layers=()):
     """Scores of greedy answers to held-out problems; with layers, tutored by its own attention."""
     rows = []
-    for problems in held_out(task, config, config.eval_problems):
+    for start, problems in held_out(task, config, config.eval_problems):
         hints = None
         if layers:
-            key = ("tutored", len(rows))
+            key = ("tutored", start)
             rollout = sample_and_grade(policy, task, problems, config.group, key)
             _, relevance = read_reference(policy, rollout, layers, config)
             built = build_hints(policy, task, rollout, relevance, config, key)
@@ -895,8 +900,8 @@ def evaluate_samples(policy, task, config):
     solved = []
     differ = []
     by_chance = []
-    for problems in held_out(task, config, config.eval_problems // SAMPLES):
-        rollout = sample_and_grade(policy, task, problems, SAMPLES, ("sampled", len(solved)))
+    for start, problems in held_out(task, config, config.eval_problems // SAMPLES):
+        rollout = sample_and_grade(policy, task, problems, SAMPLES, ("sampled", start))
         for problem, texts, grades in zip(problems, rollout.texts, rollout.grades):
             solved.append([grade.solved for grade in grades])
             right = [text for text, grade in zip(texts, grades) if judge(problem, grade)[2]]
@@ -1121,8 +1126,8 @@ def log(path, row):
 
 def cut_log(path, done):
     """Rows up to step `done`. Later ones, which will be made again, and a torn line are dropped."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a whole line has an end
+    rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row["step"] <= done]
     write_whole(path, lambda aside: aside.write_text("".join(json.dumps(r) + "\n" for r in rows)))
     return rows

@@ -202,7 +202,8 @@ def test_scores_of_sampled_answers_by_hand():
 def test_held_out_problems_come_once_each(count, limit):
     """In batches of about 64; a task may have fewer than are asked for."""
     task = SimpleNamespace(held_out=limit, problem=lambda *key: key)
-    batches = list(ptdpo.held_out(task, config(eval_split="test"), count))
+    starts, batches = zip(*ptdpo.held_out(task, config(eval_split="test"), count))
+    assert list(starts) == [batch[0][2] for batch in batches]
     keys = [key for batch in batches for key in batch]
     assert keys == [("test", 0, i) for i in range(min(count, limit))]
     assert max(map(len, batches)) < 2 * 64

@@ -54,7 +54,7 @@ def test_noise_is_a_function_of_key_problem_answer_and_time(policy, task):
 
 def test_answers_end_with_their_first_stop_token_and_are_graded_up_to_it():
     """Canned ids, two stop tokens; an id after the end, or one equal to the pad, says nothing."""
-    ids = torch.tensor([[5, 0, 7, 0], [1, 2, 3, 4], [0, 0, 0, 0], [5, 9, 5, 5]])
+    ids = torch.tensor([[5, 0, 7, 0], [1, 2, 3, 4], [0, 0, 0, 0], [5, 6, 5, 9]])
     canned = SimpleNamespace(
         stop_ids=[0, 9],
         encode=lambda problem, hint: (problem, hint),
@@ -69,10 +69,10 @@ def test_answers_end_with_their_first_stop_token_and_are_graded_up_to_it():
 
     task = SimpleNamespace(max_tokens=4, grade=grade)
     rollout = ptdpo.sample_and_grade(canned, task, ["a", "b"], 2, (), hints=["h", ""])
-    assert torch.equal(rollout.mask, torch.arange(4) < torch.tensor([2, 4, 1, 2])[:, None])
-    assert rollout.texts == [["5", "1 2 3 4"], ["", "5"]]
+    assert torch.equal(rollout.mask, torch.arange(4) < torch.tensor([2, 4, 1, 4])[:, None])
+    assert rollout.texts == [["5", "1 2 3 4"], ["", "5 6 5"]]
     ended = [True, False, True, True]
-    assert graded == list(zip("aabb", ["5", "1 2 3 4", "", "5"], ended))
+    assert graded == list(zip("aabb", ["5", "1 2 3 4", "", "5 6 5"], ended))
     assert rollout.prompts == [("a", "h"), ("b", "")]
     assert (rollout.solved.tolist(), rollout.rewards.tolist()) == (ended, [0.5] * 4)
     assert rollout.solved_share().tolist() == [0.5, 1.0]
