@@ -786,8 +786,8 @@ def step_metrics(policy, task, rollout, hints, distill, tokens):
         metrics["hints_rejected"] = mean_of_all([hint.rejected for hint in hints])
     if hints and hasattr(task, "mistakes"):
         counted = failed & distilled
-        mistakes = find_mistakes(policy, task, rollout)
-        metrics["credit"] = mean_of_all([auroc(tokens["jsd"][counted], mistakes[counted])])
+        mistakes = gather(find_mistakes(policy, task, rollout)[counted].float())
+        metrics["credit"] = auroc(gather(tokens["jsd"][counted]), mistakes > 0)
     return metrics
 
 
@@ -1127,8 +1127,10 @@ def log(path, row):
 def cut_log(path, done):
     """Rows up to step `done`. Later ones, which will be made again, and a torn line are dropped."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a whole line has an end
-    rows = [json.loads(line) for line in lines]
-    rows = [row for row in rows if row["step"] <= done]
+    try:
+        rows = [row for row in map(json.loads, lines) if row["step"] <= done]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not the log of a run; use another copy, or start again") from None
     write_whole(path, lambda aside: aside.write_text("".join(json.dumps(r) + "\n" for r in rows)))
     return rows
 
@@ -1232,11 +1234,16 @@ def locked(folder):
         yield
 
 
-def create_run(config, folder, overwrite):
-    """Make the folder of a run: its settings, and nothing trained yet."""
-    with locked(folder):
-        if (folder / "run.json").exists() and not overwrite:
+def refuse_old_runs(folders):
+    """UserError if a folder holds a run."""
+    for folder in folders:
+        if (folder / "run.json").exists():
             raise UserError(f"{folder} holds a run: --resume it, --overwrite it, or change --out")
+
+
+def create_run(config, folder):
+    """Make the folder of a run: its settings, and nothing trained yet. A run in it is replaced."""
+    with locked(folder):
         for name in ("checkpoint.safetensors", "metrics.jsonl", "samples.jsonl"):
             (folder / name).unlink(missing_ok=True)
         git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
@@ -1298,7 +1305,7 @@ def run(folder, task=None, steps=None):
             if RANK == 0:
                 stack.enter_context(locked(folder))
             config = Config(**read_run(folder)["config"])
-            config.steps = steps or config.steps
+            config.steps = config.steps if steps is None else steps
             task = task or make_task_of(config)
             policy = load_policy(config, task)
         train(policy, task, config, folder)
@@ -1720,6 +1727,17 @@ def over_ranks(tensor, kind="SUM"):
     return total.to(tensor.device)
 
 
+def gather(values):
+    """The values [n] of all processes, one after the other."""
+    sizes = torch.zeros(RANKS, dtype=torch.long)
+    sizes[RANK] = len(values)
+    sizes = over_ranks(sizes).tolist()
+    whole = values.new_zeros(sum(sizes))
+    start = sum(sizes[:RANK])
+    whole[start : start + len(values)] = values
+    return over_ranks(whole)
+
+
 def sum_gradients(parameters):
     """Sum the gradients over all processes. None counts as 0, and stays None if all have None."""
     present = over_ranks(torch.tensor([float(p.grad is not None) for p in parameters]))
@@ -1788,8 +1806,10 @@ def start(given):
     if "toy" in given:
         load_policy(configs[0], task)
     out = given.get("out", Path("runs") / Path(given.get("model", "toy")).name)
+    if "overwrite" not in given:
+        refuse_old_runs([out / name for name in methods])
     for config in configs if RANK == 0 else ():
-        create_run(config, out / config.method, "overwrite" in given)
+        create_run(config, out / config.method)
     return [out / name for name in methods], task
 
 
@@ -1832,6 +1852,7 @@ def train_command(given):
             folders = runs_in(given["resume"])
         else:
             folders, task = start(given)
+    with together():  # now the first process has written run.json
         large = read_run(folders[0])["config"]["model"]
     stopped = None
     try:
@@ -1882,6 +1903,8 @@ def command(argv):
         if odd:
             flag = min(odd).replace("_", "-")
             raise UserError(f"--{action} goes by what is stored: leave out --{flag}")
+        if action in read:
+            make_config({name: given[name] for name in read[action] & given.keys()})  # in range?
     if action == "help_metrics":
         print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
     elif action == "eval":

@@ -68,8 +68,10 @@ def train_case(case, out, tiny):
     name, flags = CASES[case]
     folder = out / ("tiny" if tiny else "models") / name
     train_2b.make_model(folder, name, tiny)
-    sizes = {"prompts": 2, "group": 2, "max_tokens": 8} if tiny else {"max_tokens": 256}
-    config = ptdpo.make_config(flags | sizes | {"model": str(folder), "max_pixels": 160_000})
+    sizes = {"max_tokens": 256, "max_pixels": 160_000}
+    if tiny:
+        sizes = {"prompts": 2, "group": 2, "max_tokens": 8, "max_pixels": 3136}
+    config = ptdpo.make_config(flags | sizes | {"model": str(folder)})
     task = ptdpo.make_task_of(config)
     policy = ptdpo.load_policy(config, task)
     # Random weights rarely end an answer. None may, so that every run does the same work.

@@ -34,9 +34,9 @@ PLACES = 9  # regions of each picture of a Qwen model
 
 
 def read_rows(path):
-    """The rows of a JSONL file, without a last line that was torn."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The rows of a JSONL file, without a last line that is torn."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def read_runs(folder):
@@ -44,35 +44,27 @@ def read_runs(folder):
 
     A run without the scores of its base has not begun, and is left out.
     """
-    runs = []
-    for path in sorted([*folder.glob("run.json"), *folder.glob("*/run.json")]):
-        run = json.loads(path.read_text())
-        if "base" in run:
-            runs.append((path.parent, run))
-    return runs
+    paths = sorted([*folder.glob("run.json"), *folder.glob("*/run.json")])
+    runs = [(path.parent, json.loads(path.read_text())) for path in paths]
+    return [(folder, run) for folder, run in runs if "base" in run]
 
 
 def draw_curves(runs, path):
     """Draw the metrics of runs into one picture. Step 0 is the base."""
-    names = {folder.name for folder, _ in runs}
-    curves = {}
-    known = set()
-    for folder, run in runs:
-        rows = [{"step": 0, **run["base"]}, *read_rows(folder / "metrics.jsonl")]
-        label = folder.name if len(names) == len(runs) else "/".join(folder.parts[-2:])
-        curves[label] = rows
-        known.update(name for row in rows for name, value in row.items() if value is not None)
+    curves = [[run["base"] | {"step": 0}, *read_rows(f / "metrics.jsonl")] for f, run in runs]
+    known = {name for rows in curves for row in rows for name in row if row[name] is not None}
+    are_named_alike = len({folder.name for folder, _ in runs}) < len(runs)
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     panels = [name for name in PANELS if name in known]
     for axis, name in zip(figure.subplots(2, 3).flat, panels):
-        for i, (label, rows) in enumerate(curves.items()):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        for i, (folder, run) in enumerate(runs):
+            label = "/".join(folder.parts[-2:]) if are_named_alike else folder.name
+            points = [(row["step"], row[name]) for row in curves[i] if row.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), color=f"C{i}", label=label)
-            teacher = runs[i][1]["teacher"]
-            if teacher and name == "accuracy":
-                style = {"color": f"C{i}", "linestyle": "--"}
-                axis.axhline(teacher["accuracy"], label=f"teacher of {label}", **style)
+            if run["teacher"] and name == "accuracy":
+                height = run["teacher"]["accuracy"]
+                axis.axhline(height, color=f"C{i}", linestyle="--", label=f"teacher of {label}")
         axis.set(title=name, xlabel="step")
         axis.legend()
     figure.savefig(path, dpi=80)
@@ -142,7 +134,7 @@ def show_attention(axis, picture, relevance, regions):
 def steps_to(rows, goal):
     """The first step of two evaluations in a row at or above the goal; None if there is none."""
     for one, two in pairwise(rows):
-        if goal is not None and min(one["accuracy"], two["accuracy"]) >= goal:
+        if min(one["accuracy"], two["accuracy"]) >= goal:
             return one["step"]
     return None
 
@@ -150,36 +142,36 @@ def steps_to(rows, goal):
 def table(runs):
     """Scores of runs side by side, and how to read them. Columns that no run knows are left out."""
     notes = dict(NOTES)
-    goal = None
-    evaluations = {}
-    for folder, run in runs:
+    goal = math.inf
+    scores = {}
+    for folder, run in runs:  # in the order of their names: GRPO first
         rows = read_rows(folder / "metrics.jsonl")
         rows = [row for row in rows if row["accuracy"] is not None]
-        if rows:
-            evaluations[folder.name] = rows
-        if rows and folder.name == "grpo":
-            goal = rows[-1]["accuracy"]
-            if goal <= run["base"]["accuracy"]:
-                goal = None
-                notes["to GRPO"] = STUCK
-    scores = {}
-    for name, rows in evaluations.items():
-        row = {column: rows[-1].get(column) for column in COLUMNS}
-        row["area"] = sum(row["accuracy"] for row in rows) / len(rows)
-        row["to GRPO"] = steps_to(rows, goal)
-        scores[name] = row
-    columns = [c for c in COLUMNS if any(row[c] is not None for row in scores.values())]
+        if not rows:
+            continue
+        last = rows[-1]["accuracy"]
+        if folder.name == "grpo" and last > run["base"]["accuracy"]:
+            goal = last
+        elif folder.name == "grpo":
+            notes["to GRPO"] = STUCK
+        scores[folder.name] = {column: rows[-1].get(column) for column in COLUMNS}
+        scores[folder.name]["area"] = sum(row["accuracy"] for row in rows) / len(rows)
+        scores[folder.name]["to GRPO"] = steps_to(rows, goal)
+    if not scores:
+        return "nothing has been evaluated yet"
+    columns = [c for c in COLUMNS if any(cells[c] is not None for cells in scores.values())]
     lines = [" " * 12 + "".join(f"{column:>13}" for column in columns)]
-    for name, row in scores.items():
-        line = f"{name:12}"
-        for column in columns:
-            value = row[column]
-            cell = "-" if value is None else f"{value:.3f}"
-            line += f"{value if isinstance(value, int) else cell:>13}"
-        lines.append(line)
-    if "grpo" in scores:
-        columns.append("to GRPO")
-    return "\n".join(lines + [f"{name}: {text}" for name, text in notes.items() if name in columns])
+    for name, cells in scores.items():
+        lines.append(f"{name:12}" + "".join(f"{show(cells[column]):>13}" for column in columns))
+    known = {*columns, "to GRPO" if "grpo" in scores else ""}
+    return "\n".join(lines + [f"{name}: {text}" for name, text in notes.items() if name in known])
+
+
+def show(value):
+    """A cell of the table: steps are whole numbers."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def finish(folders):

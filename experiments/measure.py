@@ -57,10 +57,10 @@ def greedy_scores(policy, task, problems, hints=None):
 def credit(policy, task, config, layers, seed):
     """Does the JSD point at the mistakes of failed answers? By source of the hint.
 
-    auroc: probability that a mistake has a higher JSD than a right token; also by kind of mistake.
-    share: share of the JSD that falls on mistakes. The end of an answer is left out: it is neither
-    right nor wrong. The policy gradient gives all tokens of an answer one weight, so its AUROC is
-    0.5, and its share is that of mistakes among the tokens.
+    auroc: probability that a mistake has a higher JSD than another token, as in the metric credit.
+    words: the same without the ends of answers, which are neither right nor wrong; also by kind of
+    mistake. share: share of the JSD that falls on mistakes. The policy gradient gives all tokens of
+    an answer one weight: its AUROC is 0.5, and its share is that of mistakes among the tokens.
     """
     problems = ptdpo.pose(task, "test", seed, 0, PICTURES)
     rollout, hints_of = sample_and_look(policy, task, config, layers, problems, ("credit", seed))
@@ -68,7 +68,8 @@ def credit(policy, task, config, layers, seed):
     mistakes = ptdpo.find_mistakes(policy, task, rollout)[failed]
     words = [policy.text([i]) for i in rollout.completion[failed].tolist()]
     judged = torch.tensor([word != policy.words[0] for word in words])
-    kinds = {"auroc": judged}
+    every = torch.ones_like(judged)
+    kinds = {"auroc": every, "words": judged}
     for name, group in (("cell", CELLS), ("total", ["total"]), ("number", NUMBERS)):
         kinds[f"wrong_{name}"] = torch.tensor([word in group for word in words])
     weights = {"policy gradient": torch.ones(len(words))}
@@ -79,7 +80,8 @@ def credit(policy, task, config, layers, seed):
         total = weight[judged].sum().item()
         found[source] = {"share": weight[mistakes].sum().item() / total if total else None}
         for name, kind in kinds.items():
-            rows = judged & (kind | ~mistakes)  # all right tokens, and mistakes of this kind
+            right = ~mistakes if name == "auroc" else judged & ~mistakes
+            rows = right | (kind & mistakes)  # all right tokens, and mistakes of this kind
             found[source][name] = ptdpo.auroc(weight[rows], mistakes[rows])
     return found
 

@@ -98,7 +98,7 @@ def train_run(settings, folder):
         if "start" in settings:
             continue_run(folder.parents[1] / settings["start"] / folder.name, folder, config)
         else:
-            ptdpo.create_run(config, folder, overwrite=False)
+            ptdpo.create_run(config, folder)
     ptdpo.run(folder)
 
 

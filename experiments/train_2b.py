@@ -45,8 +45,9 @@ def make_model(folder, name="Qwen2-VL-2B", tiny=False):
     if tiny:
         shape["text_config"] |= TINY
         vision |= TINY_VISION
-        width = "hidden_size" if shape["model_type"] == "qwen2_vl" else "out_hidden_size"
-        vision[width] = TINY["hidden_size"]
+        is_qwen2 = shape["model_type"] == "qwen2_vl"
+        vision["embed_dim" if is_qwen2 else "hidden_size"] = 64
+        vision["hidden_size" if is_qwen2 else "out_hidden_size"] = TINY["hidden_size"]
         if "deepstack_visual_indexes" in vision:
             vision["deepstack_visual_indexes"] = [0, 1]
     small = json.loads((MODEL / "config.json").read_text())

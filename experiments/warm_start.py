@@ -184,7 +184,7 @@ def measure_base(path, seed):
     found |= measure(policy, task, config, layers, problems)
     run = path.parent / "grpo-20-steps"
     short = replace(config, method="grpo", steps=20, eval_every=20)
-    ptdpo.create_run(short, run, overwrite=True)
+    ptdpo.create_run(short, run)
     ptdpo.run(run)
     found["grpo_20_steps"] = read_rows(run / "metrics.jsonl")[-1]["accuracy"]
     return found | {"rule": check_rule(found)}

@@ -27,7 +27,6 @@ ALWAYS = """step reward solved entropy answer_entropy kl grad_norm groups_all_fa
     groups_all_solved completion_length seconds skipped distilled""".split()
 
 
-# ------------------------------------------------------------------------------ what a run leaves
 @pytest.mark.parametrize("method", ["grpo", "ptdpo"])
 def test_files_of_a_run(finished, method):
     """These and no others; the pictures can be opened; nothing is pickled."""
@@ -90,7 +89,6 @@ def test_layers_are_ranked_only_where_they_are_used(flags, tmp_path, monkeypatch
     assert ptdpo.calibrate.call_count == (flags == "")
 
 
-# ------------------------------------------------------------------------------------- same again
 def test_both_methods_as_a_user_runs_them(finished, tmp_path):
     """From another folder: two processes, each as if it were alone, a table, two pictures."""
     argv = [sys.executable, ROOT / "ptdpo.py", *start("here", method="both")]
@@ -105,7 +103,6 @@ def test_both_methods_as_a_user_runs_them(finished, tmp_path):
     assert "\ngrpo " in table and "\nptdpo " in table
 
 
-# ---------------------------------------------------------------------------------- other actions
 def test_help_lists_every_flag(capsys):
     """Those of the contract, and every setting; and every metric with its meaning."""
     with pytest.raises(SystemExit, match="0"):

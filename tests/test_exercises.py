@@ -174,7 +174,7 @@ def test_exercise_8_a_base_and_a_run(tmp_path, signals):
     ptdpo.save_checkpoint(base, 0, policy)
     small = {"steps": 2, "prompts": 2, "group": 2, "eval_problems": 4}
     config = ptdpo.make_config(small | {"base": str(base)})
-    ptdpo.create_run(config, tmp_path / "ptdpo", False)
+    ptdpo.create_run(config, tmp_path / "ptdpo")
     ptdpo.run(tmp_path / "ptdpo", task)
     assert len(helpers.rows(tmp_path / "ptdpo/metrics.jsonl")) == 2
 

@@ -48,7 +48,6 @@ def load(folder, **changes):
 
 
 def uniforms(n, seed=0, length=T):
-    """Random numbers to sample by."""
     return torch.rand(n, length, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
 
 
@@ -59,8 +58,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(folder):
-    """Its policy, with a vision tower that learns. Tests leave it as it was."""
-    return load(folder, train_vision=True)
+    return load(folder, train_vision=True)  # tests leave it as it was
 
 
 @pytest.fixture(scope="module")

@@ -117,12 +117,10 @@ def out(tmp_path_factory):
 
 
 def codes(out, label):
-    """How a command ended for each process."""
     return [(out / f"{label}{rank}").read_text() for rank in (0, 1)]
 
 
 def near(row, share):
-    """A row of metrics, to rounding."""
     return {k: pytest.approx(v, share, 1e-5) if type(v) is float else v for k, v in row.items()}
 
 

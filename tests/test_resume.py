@@ -38,7 +38,6 @@ def same(run, other):
     assert not list(run.glob("*.tmp"))
 
 
-# ------------------------------------------------------------------------------------------ death
 def dying(action, left, seen):
     """The action, but it kills at call left[0]: before it is done, or behind it where that is even.
 
@@ -122,7 +121,6 @@ def test_checkpoints_come_as_often_as_told(every, steps, tmp_path, monkeypatch):
         assert torch.equal(tensor, saved[3][name]), name  # the first has moved on
 
 
-# ------------------------------------------------------------------------------ signals and locks
 @pytest.mark.parametrize(("method", "number"), [("grpo", 15), ("ptdpo", 2)])
 def test_a_signal_ends_the_step(method, number, finished, tmp_path, monkeypatch, capsys):
     """Amid step 3, where no checkpoint is due; the run goes on as if nothing had been."""
@@ -189,7 +187,6 @@ def test_one_method_may_run_beside_the_other(tmp_path, capsys):
     assert main(start(tmp_path, steps=1)) == 0
 
 
-# ----------------------------------------------------------------------------- what is not finite
 def test_three_steps_without_an_update_end_the_run(tmp_path, monkeypatch, capsys):
     """One line and code 2; what was logged is strict JSON; the last checkpoint is sound."""
     plain = TinyVLM.forward

@@ -200,7 +200,7 @@ def test_the_trainer_knows_no_task(kind, source, tmp_path):
     before = policy.head_weight.detach().clone()
     settings = {"steps": 2, "prompts": 4, "group": 4, "hint": source, "hint_regions": 2}
     c = ptdpo.Config(**settings, top_k=3, eval_problems=4)
-    ptdpo.create_run(c, tmp_path, False)
+    ptdpo.create_run(c, tmp_path)
     ptdpo.train(policy, task, c, tmp_path)
     shown = rows(tmp_path / "samples.jsonl")[0]
     where = [task.places[r] for r in shown["hint"]["regions"]]
