@@ -9,16 +9,22 @@
 A model answers a question about a picture G times. GRPO rewards the answers that are better than
 the mean of their group, so it learns nothing from a group in which every answer failed. PTD-PO adds
 a tutor for failed answers. It reads off the model's own attention where the answers looked and
-writes a hint that does not contain the answer. A frozen copy of the model reads the hint, and then
-reads the failed answers again. Token by token, the model is pulled towards what this better
-informed copy would have said. The model itself never sees the hint.
+writes a hint that does not contain the solution. A frozen copy of the model, with the hint in its
+prompt, reads the failed answers again: it predicts the next token at each of their positions. The
+model is trained towards these predictions. The model itself never sees the hint.
+
+    student     the model that learns           answer     what the student wrote
+    reference   a frozen copy of it             solution   the true answer
+    teacher     the reference with the hint     to read    one pass over a given text (teacher
+                in its prompt                              forcing); nothing is generated
 
     loss = policy loss + beta KL(pi_theta || pi_ref) + lambda JSD(p_t || q_t)
 
     x     prompt: pictures and a question              h     hint
     y_i   answer i, sampled by the student             r_i   its reward
     p_t   student pi_theta(. | x, y_<t)                A_i   its advantage
-    q_t   tutored teacher pi_ref(. | x, h, y_<t)       JSD   Jensen-Shannon divergence, in nats
+    q_t   teacher pi_ref(. | x, h, y_<t)               JSD   Jensen-Shannon divergence, in nats
+    rho   pi_theta / pi_old of a token; pi_old is the student as it was when it sampled
 
     equation                                           function
     A_i = (r_i - mean r) / (std r + eps)               group_advantages
@@ -29,7 +35,7 @@ informed copy would have said. The model itself never sees the hint.
 
 Shapes: B prompts, G answers to each (a group), N = B*G answers, T tokens of an answer, V words of
 the vocabulary, K top-k, H hidden width, R regions of the pictures, L layers, n tokens of a chunk.
-Row b*G + g of a tensor [N, ...] is answer g to prompt b. A list [B] has one entry a prompt.
+Row b*G + g of a tensor [N, ...] is answer g to prompt b. A list [B] has one entry per prompt.
 
 Departures from the paper (docs/results.md gives the reasons):
   1. The model's own attention writes the spatial part of the hint, not a larger model.
@@ -76,6 +82,8 @@ from toy_tasks.counting import Counting
 from toy_tasks.free_text import PLACES, make_task, spoils
 
 HERE = Path(__file__).resolve().parent
+# RANK, RANKS, together() and over_ranks() belong to torchrun and stand near the end. In one process
+# RANK is 0, RANKS is 1, together() does nothing, and over_ranks(x) is x.
 
 
 # --------------------------------------------------------------------------------------- the step
@@ -83,8 +91,9 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
     """One step of PTD-PO or, with `--method grpo`, of GRPO: the whole algorithm.
 
     policy is the student, which learns. ref is the frozen base model. It is the reference of the
-    KL and, once it has read a hint, the tutored teacher. Returns the metrics of the step and, for
-    samples.jsonl, one group in full.
+    KL and, once it has read a hint, the teacher. layers: those whose attention is read, found by
+    `calibrate`; empty if no hint needs it. Returns the metrics of the step and, for samples.jsonl,
+    one group in full.
     """
     # Problems and sampling noise depend on the seed and the step alone (common random numbers):
     # both methods, and a run that was resumed, meet the same ones.
@@ -106,9 +115,16 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
         distill = answers_to_distill(rollout, config)
         teacher = tutor(ref, rollout, hints, distill, config)
     # 6. The student learns from its rewards and from the teacher.
-    kl_on = answers_under_kl(rollout, config)
-    answers = (rollout.prompts, rollout.completion, rollout.mask)
-    batch = Batch(*answers, advantages, logp_ref, kl_on, distill, teacher)
+    batch = Batch(
+        rollout.prompts,
+        rollout.completion,
+        rollout.mask,
+        advantages,
+        logp_ref,
+        answers_under_kl(rollout, config),
+        distill,
+        teacher,
+    )
     tokens, grad_norm, skipped = update(policy, ref, optimizer, batch, config, step)
     metrics = step_metrics(policy, task, rollout, hints, distill, tokens)
     metrics |= {"grad_norm": grad_norm, "skipped": skipped}
@@ -116,8 +132,12 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
 
 
 # --------------------------------------------------------------------------------------- protocol
+# Task, Problem and Grade are told in toy_tasks/__init__.py.
 class Policy(Protocol):
-    """What the algorithm asks of a model. Pixels, padding, positions and caches stay behind it."""
+    """What the algorithm asks of a model: HFPolicy below, or TinyVLM in tiny_vlm.py.
+
+    Pixels, padding, positions and caches stay behind it.
+    """
 
     stop_ids: list[int]  # tokens that end an answer
     suppress_ids: list[int]  # tokens that no answer may hold, such as those for pictures
@@ -134,7 +154,7 @@ class Policy(Protocol):
         """G answers to each prompt, ids [N, T], drawn by the uniform numbers [N, T]."""
 
     def forward(self, prompts: list, completion: torch.Tensor, mask=None, layers=()):
-        """Read given answers (teacher forcing) -> hidden [N, T, H], attention [L, N, R].
+        """Read given answers (teacher forcing) -> hidden [N, T, H], attention [layers, N, R].
 
         hidden[:, t] predicts token t. attention is that of the predicting positions to the regions
         of the pictures, a mean over heads and over the tokens in mask; None without layers.
@@ -151,7 +171,7 @@ class Policy(Protocol):
 
 
 class Groups:
-    """Whole groups side by side. A list has an entry a prompt [B], a tensor a row an answer [N]."""
+    """Whole groups: a list has one entry per prompt [B], a tensor one row per answer [N]."""
 
     def take(self, start, stop):
         """The groups from start up to, and without, stop."""
@@ -212,7 +232,7 @@ def generator(*key):
 
 
 def pose(task, split, seed, first, count):
-    """Problems first to first + count - 1 of a split: those of this process."""
+    """This process's share of the problems first to first + count - 1 of a split."""
     with together():
         return [task.problem(split, seed, i) for i in range(first + RANK, first + count, RANKS)]
 
@@ -233,7 +253,7 @@ def sample_and_grade(policy, task, problems, group, key, greedy=False, hints=Non
             stream = generator(*key, RANK + b * RANKS, g)
             uniforms.append(torch.rand(task.max_tokens, generator=stream, dtype=torch.double))
     completion = policy.sample(prompts, torch.stack(uniforms), greedy)
-    # An answer ends with its first stop token. A padding token need not differ from other tokens.
+    # An answer ends with its first stop token. The padding may be an ordinary token: no sign of it.
     device = completion.device
     stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=device))
     mask = stop.cumsum(1) - stop.long() == 0
@@ -260,8 +280,8 @@ def group_advantages(rewards, group_size):
     """
     r = rewards.view(-1, group_size)
     advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
-    # In a flat group, rounding can leave a difference of 1e-8 from the mean, and so can the std, by
-    # which it is divided.
+    # In a flat group, rounding leaves deviations and a std of about 1e-8. Beside 1e-6 that is not
+    # nothing: advantages of up to 0.1 have been seen.
     flat = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
     return advantages.masked_fill(flat, 0.0).flatten()
 
@@ -272,8 +292,8 @@ def read_reference(ref, rollout, layers, config):
     """The frozen reference reads all answers once -> logp_ref [N, T], relevance [B] of [L, R].
 
     The relevance of a region is the attention of the positions that predict answer tokens, a mean
-    over heads, tokens and the G answers. A mean over the solved answers alone would reveal which
-    answer is right. Empty without layers.
+    over heads, tokens and the G answers. A mean over the solved answers alone would leak which ones
+    are right. Empty without layers.
     """
     logp_ref = []
     relevance = []
@@ -303,31 +323,6 @@ def completion_logp(model, hidden, groups):
     )
 
 
-def recall(regions, targets):
-    """Share of the true targets that are among the regions; None if either is unknown or empty."""
-    if not regions or not targets:
-        return None
-    return len(set(regions) & set(targets)) / len(set(targets))
-
-
-def calibrate(ref, task, config):
-    """Hint recall by layer [L] on problems whose targets are known: which layer looks there?
-
-    The best layer differs from model to model. UserError if the task knows no targets.
-    """
-    problems = pose(task, "calibration", config.seed, 0, CALIBRATION)
-    rollout = sample_and_grade(ref, task, problems, config.group, ("calibration", config.seed))
-    _, relevance = read_reference(ref, rollout, range(ref.num_layers), config)
-    rows = []
-    for problem, by_layer in zip(problems, relevance):
-        best = by_layer.topk(min(config.hint_regions, by_layer.shape[-1])).indices.tolist()
-        rows.append([recall(regions, problem.targets) for regions in best])
-    found = [mean_of_all(column) for column in zip(*rows)]
-    if not found or None in found:
-        raise UserError("layers are ranked by calibration problems: they need pictures and targets")
-    return found
-
-
 # ------------------------------------------------------------------------------------------- hint
 HINTS = ("attention", "votes", "oracle", "random", "answer", "none")
 
@@ -338,29 +333,32 @@ class Hint:
 
     regions: list  # indices of the named regions, in reading order
     text: str
-    rejected: bool  # its steps may give the answer away, and were left out
+    rejected: bool  # the advice in it might give the solution away, and was left out
 
 
 def build_hints(ref, task, rollout, relevance, config, key):
     """One Hint a group: where to look (the M regions of highest score), and which steps to take.
 
-    A hint must not contain the answer. Every hint names M regions, however many matter, and the
-    names are a closed vocabulary, so the list cannot state a count. The steps are the task's own
-    text and must pass `spoils`. Only `--hint answer`, a baseline, tells the answer on purpose.
+    A hint must not contain the solution. Every hint names M regions, however many matter, so the
+    list cannot state a count. The steps are the task's advice in words, and must pass `spoils`.
+
+        attention   regions that the reference looked at most while it read the answers
+        votes       regions that most answers name      oracle   the true targets
+        random      any M regions                       none     no hint at all
+        answer      the solution itself: a baseline that cheats on purpose
     """
     hints = []
     for b, problem in enumerate(rollout.problems):
         names = ref.region_names(rollout.prompts[b])
-        known = {"oracle": problem.targets, "votes": rollout.grades[b][0].points}
-        if known.get(config.hint, ()) is None:
-            raise UserError(
-                f"--hint {config.hint}: this task does not know regions; choose another"
-            )
-        # Tiny noise breaks ties. With `--hint random` there is nothing else.
+        needed = {"oracle": problem.targets, "votes": rollout.grades[b][0].points}
+        if config.hint in needed and needed[config.hint] is None:
+            raise UserError(f"--hint {config.hint}: this task knows no regions; choose another")
+        # Tiny noise breaks ties. With `--hint random` it is the whole score. RANK + b * RANKS is the
+        # index of the problem over all processes.
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
         score = noise.double() * 1e-9
         if config.hint == "attention":
-            score += relevance[b].mean(0)[: len(names)]
+            score += relevance[b].mean(0)[: len(names)]  # the rest is padding of other prompts
         elif config.hint == "votes":
             # How many answers name the region: is attention more than an echo of the answers?
             for grade in rollout.grades[b]:
@@ -368,18 +366,18 @@ def build_hints(ref, task, rollout, relevance, config, key):
         elif config.hint == "oracle":
             score[problem.targets] += 1
         regions = sorted(score.topk(min(config.hint_regions, len(names))).indices.tolist())
-        steps = problem.steps
-        rejected = spoils(steps, problem.answer)
-        if config.hint_parts == "steps" or config.hint in ("answer", "none"):
-            regions = []
-        if config.hint_parts == "where" or rejected:
-            steps = ""
-        text = task.hint_text([names[r] for r in regions], steps)
-        if config.hint == "answer":
-            text = task.hint_text([], "", problem.answer)
-        elif config.hint == "none":
+        rejected = spoils(problem.steps, problem.answer)
+        where = [] if config.hint_parts == "steps" else regions
+        steps = "" if config.hint_parts == "where" or rejected else problem.steps
+        if config.hint == "none":
+            where = []
             text = ""
-        hints.append(Hint(regions, text, rejected))
+        elif config.hint == "answer":
+            where = []
+            text = task.hint_text([], "", problem.answer)
+        else:
+            text = task.hint_text([names[r] for r in where], steps)
+        hints.append(Hint(where, text, rejected))
     return hints
 
 
@@ -393,7 +391,7 @@ def answers_to_distill(rollout, config):
 
 
 def answers_under_kl(rollout, config):
-    """The answers on which the KL acts, bool [N]: all, or as in the released code the untutored."""
+    """The answers under the KL, bool [N]: all or, as released, those of untutored groups."""
     if config.kl_on == "all":
         return torch.ones_like(rollout.solved)
     return (rollout.solved_share() >= config.tau).repeat_interleave(config.group)
@@ -404,8 +402,8 @@ def tutor(ref, rollout, hints, distill, config):
     """The frozen reference reads answers again: same pictures, same ids, the hint in its context.
 
     q_t = pi_ref(. | x, h, y_<t). Returns, by group, its hidden states at the tokens of the answers
-    in distill [tokens, H], or None. Hidden states are V/H times smaller than logits. Nothing is
-    generated: the teacher gives its opinion of the student's own words.
+    in distill [tokens, H], or None. They are kept in place of logits, which are V/H times larger.
+    Nothing is generated: the teacher predicts the next token after the student's own words.
     """
     G = config.group
     teacher = [None] * len(hints)
@@ -422,7 +420,7 @@ def tutor(ref, rollout, hints, distill, config):
         hidden, _ = ref.forward(prompts, rollout.completion[rows])
         wanted = rollout.mask[rows] & distill[rows, None]
         for i, b in enumerate(groups.tolist()):
-            own = slice(i * G, i * G + G)
+            own = slice(i * G, i * G + G)  # tokens in the order of answers, as in head_backward
             teacher[b] = hidden[own][wanted[own]]
     return teacher
 
@@ -449,8 +447,8 @@ def policy_loss(log_ratio, advantages, algorithm="grpo"):
 def kl_to_reference(logp, logp_old, logp_ref):
     """KL(pi_theta || pi_ref) of each token: rho (e^d - d - 1), d = log pi_ref - log pi_theta.
 
-    All of one shape. e^d - d - 1 is the k3 estimator. Alone it has the gradient of the reverse KL;
-    with the importance ratio rho = pi_theta / pi_old, 1 at first, it has the right one.
+    All of one shape. e^d - d - 1 is known as the k3 estimator. Alone, its gradient is that of
+    KL(pi_ref || pi_theta). Multiplied by rho, it is that of KL(pi_theta || pi_ref).
     """
     d = (logp_ref - logp).clamp(-20, 20)
     rho = (logp - logp_old).clamp(-20, 20).exp()
@@ -460,7 +458,8 @@ def kl_to_reference(logp, logp_old, logp_ref):
 def jsd(log_p, log_q):
     """Jensen-Shannon: KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2; [..., C] -> [...].
 
-    m must not be detached. If only p is, as in the released code, the gradient is exactly zero.
+    The whole gradient goes through the factor p; detaching m would change nothing. The released
+    code detaches this p and keeps m, and what is left of the gradient is exactly zero.
     """
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     p_part = log_p.exp() * (log_p - log_m)
@@ -503,8 +502,9 @@ def topk_jsd(student_logits, teacher_logits, k, divergence="jsd"):
 def bucket_log_probs(logits, ids, repeated):
     """Log-probabilities of the words in ids [..., 2K] and of all others together [..., 2K + 1].
 
-    Without the last bucket the probabilities would not sum to 1, and the JSD would be none. It is
-    summed word by word: 1 - sum(listed) has no right digit where the rest is below 1e-7.
+    Without the last bucket the two sides would not be distributions, and mass that moves in or out
+    of the list would not be seen. Its words are summed, since 1 - sum(listed) would be pure
+    rounding error where the rest is below 1e-7.
     """
     norm = logits.logsumexp(-1, keepdim=True)
     listed = (logits.gather(-1, ids) - norm).masked_fill(repeated, FLOOR)
@@ -513,7 +513,7 @@ def bucket_log_probs(logits, ids, repeated):
 
 
 def entropy(logits):
-    """Entropy -sum p log p in nats; logits [..., V] -> [...]. A metric, not a bonus."""
+    """Entropy -sum p log p in nats; logits [..., V] -> [...]. Logged, and not in the loss."""
     p = logits.softmax(-1)
     return -torch.special.xlogy(p, p).sum(-1)
 
@@ -526,7 +526,7 @@ def token_weights(batch, config, distill_weight):
         policy loss and KL   1 / (N |y_i|), the mean over answers of the mean over tokens;
                              with dapo 1 / (sum of |y_i|)
         JSD                  1 / (number of tokens of all distilled answers)
-    When few answers fail, each of their tokens carries much of lambda.
+    When few answers fail, each of their tokens gets a large share of lambda.
     """
     mask = batch.mask.float()
     distilled = mask * batch.distill[:, None]
@@ -546,28 +546,28 @@ def token_weights(batch, config, distill_weight):
     )
 
 
-def token_losses(logits, teacher_logits, tokens, config):
+def token_losses(logits, teacher_logits, columns, config):
     """The loss of a chunk, a sum over its tokens, and the values of each token [n, 4].
 
-    logits [n, V]; teacher_logits [n, V], or None where nothing is distilled. tokens: columns [n]
-    of targets, advantages, logp_ref, logp_old, answer_log_ratio, and weights [n, 3]. The values
+    logits [n, V]; teacher_logits [n, V], or None where nothing is distilled. columns, each [n]:
+    targets, advantages, logp_ref, logp_old, answer_log_ratio, and weights [n, 3]. The values
     are log-prob, entropy, KL and JSD.
     """
-    logp = logits.log_softmax(-1).gather(-1, tokens["targets"][:, None])[:, 0]
+    logp = logits.log_softmax(-1).gather(-1, columns["targets"][:, None])[:, 0]
     # At the first update the policy is still the one that sampled: the ratio is 1 in value, but it
     # has a gradient, and this is the policy gradient.
-    logp_old = tokens.get("logp_old", logp.detach())
+    logp_old = columns.get("logp_old", logp.detach())
     log_ratio = logp - logp_old
-    if config.algorithm == "gspo" and "answer_log_ratio" in tokens:
+    if config.algorithm == "gspo" and "answer_log_ratio" in columns:
         # GSPO: the value is the mean over the answer, the gradient goes through each token.
-        log_ratio = tokens["answer_log_ratio"] + logp - logp.detach()
-    policy = policy_loss(log_ratio, tokens["advantages"], config.algorithm)
-    kl = kl_to_reference(logp, logp_old, tokens["logp_ref"])
+        log_ratio = columns["answer_log_ratio"] + logp - logp.detach()
+    policy = policy_loss(log_ratio, columns["advantages"], config.algorithm)
+    kl = kl_to_reference(logp, logp_old, columns["logp_ref"])
     # The JSD pulls the student towards the teacher at the student's own words.
     distance = torch.zeros_like(logp)
     if teacher_logits is not None:
         distance = topk_jsd(logits, teacher_logits, config.top_k, config.divergence)
-    loss = (tokens["weights"] * torch.stack([policy, kl, distance], -1)).sum()
+    loss = (columns["weights"] * torch.stack([policy, kl, distance], -1)).sum()
     values = torch.stack([logp, entropy(logits.detach()), kl, distance], -1)
     return loss, values.detach()
 
@@ -581,7 +581,8 @@ def update(policy, ref, optimizer, batch, config, step):
     """Move the weights: `updates_per_batch` steps of AdamW, each on its share of the groups.
 
     Returns log-prob, entropy, KL and JSD of each token by name [N, T]; the mean norm of the
-    gradients before clipping; and 0, or what was not finite, so that an update was left out.
+    gradients before clipping; and 0, or the name of what was not finite, for which an update was
+    left out.
     """
     distill_weight = config.distill_weight
     if config.distill_decay:
@@ -630,8 +631,11 @@ def backward(policy, ref, part, config):
     teacher = None
     if distilled.any():
         teacher = torch.cat([states for states in part.teacher if states is not None])
-    # Without padding [tokens, H]. From here on the head has its own, chunk by chunk, backward pass.
-    hidden = hidden[part.mask]
+    hidden = hidden[part.mask]  # [tokens, H], without padding
+    # hidden.detach() cuts the graph in two. head_backward does the upper half: it returns d loss /
+    # d hidden, and adds d loss / d head to the gradient of the head. hidden.backward does the lower
+    # half; if the head is tied to the embedding, it adds to the same gradient. Row i of teacher is
+    # the i-th distilled token: both go by group, answer and token.
     values, grad = head_backward(policy, ref, hidden.detach(), distilled, teacher, tokens, config)
     hidden.backward(grad.to(hidden.dtype))
     whole = torch.zeros(*part.mask.shape, values.shape[-1], device=values.device)
@@ -670,7 +674,7 @@ def head_backward(policy, ref, hidden, distilled, teacher, tokens, config, chunk
     weight = policy.head_weight
     if weight.requires_grad and weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    # A chunk holds distilled tokens only, or none: so no work of the teacher's is wasted.
+    # A chunk holds distilled tokens only, or none: the teacher's logits are computed where needed.
     other_rows = (~distilled).nonzero()[:, 0]
     chunks = [(rows, None) for rows in other_rows.split(chunk)]
     if teacher is not None:
@@ -691,7 +695,7 @@ def head_backward(policy, ref, hidden, distilled, teacher, tokens, config, chunk
         grads.append(product(z.grad, head))
         if weight.requires_grad:
             add_product(weight.grad, z.grad.T, hidden[rows])
-    # The chunks took the tokens in another order: back into that of hidden.
+    # The chunks took the tokens in another order. argsort of a permutation is its inverse.
     order = torch.argsort(torch.cat([rows for rows, _ in chunks]))
     return torch.cat(values)[order], torch.cat(grads)[order]
 
@@ -837,7 +841,7 @@ def monitor(rows, first, chance):
     """
     lowest = (first["entropy"] or 0) / 5
     if rows[-1]["solved"] > 0.5:
-        lowest = -1  # low entropy is no collapse where answers are right
+        lowest = -1  # never: low entropy is no collapse where answers are right
     signals = [  # dead is what stays between two bounds
         ("solved", 0, 0, "no answer is solved: see what was answered and expected"),
         ("groups_mixed", 0, 0, "no group is mixed, reward teaches next to nothing: raise --group"),
@@ -856,8 +860,33 @@ def monitor(rows, first, chance):
 
 # ------------------------------------------------------------------------------------- evaluation
 CALIBRATION = 32  # problems with known targets, by which layers are ranked
-HELD_OUT = 64  # held-out problems in memory at a time
+HELD_OUT = 64  # held-out problems in memory at a time, or up to twice as many
 SAMPLES = 8  # answers to a problem for pass_1, pass_8 and ways
+
+
+def recall(regions, targets):
+    """Share of the true targets that are among the regions; None if either is unknown or empty."""
+    if not regions or not targets:
+        return None
+    return len(set(regions) & set(targets)) / len(set(targets))
+
+
+def calibrate(ref, task, config):
+    """Hint recall by layer [L] on problems whose targets are known: which layer looks there?
+
+    The best layer differs from model to model. UserError if the task knows no targets.
+    """
+    problems = pose(task, "calibration", config.seed, 0, CALIBRATION)
+    rollout = sample_and_grade(ref, task, problems, config.group, ("calibration", config.seed))
+    _, relevance = read_reference(ref, rollout, range(ref.num_layers), config)
+    rows = []
+    for problem, by_layer in zip(problems, relevance):
+        best = by_layer.topk(min(config.hint_regions, by_layer.shape[-1])).indices.tolist()
+        rows.append([recall(regions, problem.targets) for regions in best])
+    found = [mean_of_all(column) for column in zip(*rows)]
+    if not found or None in found:
+        raise UserError("layers are ranked by calibration problems: they need pictures and targets")
+    return found
 
 
 def held_out(task, config, count):
@@ -973,7 +1002,7 @@ QWEN_DEFAULTS |= dict(hint_regions=3, eval_every=10, eval_problems=128, save_eve
 
 
 def make_config(given):
-    """Config from flags by name. UserError for a wrong value, or a flag that has no effect."""
+    """Config from flags by name. UserError for a wrong value, or two that do not go together."""
     settings = dict(given)
     if given.get("model"):
         settings = QWEN_DEFAULTS | given
@@ -989,29 +1018,20 @@ def make_config(given):
             raise UserError(f"{flag} {value}: give {' or '.join(choices)}")
         if least is not None and not least <= value < 2**31:
             raise UserError(f"{flag} {value}: give at least {least}")
-    mistakes = {
-        "--lora and --train-vision: adapters sit in the decoder; choose one": (
-            config.lora and config.train_vision
+    checks = [
+        (config.lora and config.train_vision, "--lora and --train-vision: choose one"),
+        (config.model and config.hint == "votes", "--hint votes: free text names no regions"),
+        (config.data and config.hint == "oracle", "--hint oracle: a file does not know regions"),
+        (config.model and config.sample_batch < config.group, "--sample-batch: at least --group"),
+        (
+            config.prompts < RANKS * config.updates_per_batch,
+            "--prompts: each process needs one an update",
         ),
-        "--hint votes: answers in free text name no regions; take attention": (
-            config.model and config.hint == "votes"
-        ),
-        "--hint oracle: a data file does not say where to look; take attention": (
-            config.data and config.hint == "oracle"
-        ),
-        "--sample-batch: a group is sampled at once; give at least --group": (
-            config.model and config.sample_batch < config.group
-        ),
-        "--prompts: each process needs one an update; give more": (
-            config.prompts < RANKS * config.updates_per_batch
-        ),
-        "--eval-problems: each process needs one (and a calibration problem); give more": (
-            min(config.eval_problems, CALIBRATION) < RANKS
-        ),
-    }
-    for text, wrong in mistakes.items():
+        (min(config.eval_problems, CALIBRATION) < RANKS, "--eval-problems: each process needs one"),
+    ]
+    for wrong, text in checks:
         if wrong:
-            raise UserError(text)
+            raise UserError(f"{text}; see python ptdpo.py --help")
     return config
 
 
@@ -1028,7 +1048,7 @@ def train(policy, task, config, folder):
     # The reference is the policy as it was at the start, also for a run that is resumed.
     ref = policy.frozen_copy()
     learned = [p for p in policy.parameters() if p.requires_grad]
-    fused = True if learned[0].is_cuda else None  # elsewhere it takes a copy of all weights
+    fused = True if learned[0].is_cuda else None  # without it, AdamW copies all weights for a step
     optimizer = torch.optim.AdamW(learned, config.lr, weight_decay=0.01, fused=fused)
     run = begin(policy, task, config, folder)
     checkpoint = folder / "checkpoint.safetensors"
@@ -1036,6 +1056,10 @@ def train(policy, task, config, folder):
     if config.steps < done:
         raise UserError(f"--steps {config.steps}: {folder} is at step {done}; give more")
     write_json(folder / "run.json", run | {"config": asdict(config)})
+    if RANK == 0 and done == 0:
+        scores = {"the base": run["base"], "the base, tutored": run["teacher"]}
+        known = [f"{name} {score['accuracy']:.3f}" for name, score in scores.items() if score]
+        tqdm.write(f"{config.method:6} step    0  accuracy of {', '.join(known)}\n", end="")
     rows = cut_log(folder / "metrics.jsonl", done)
     cut_log(folder / "samples.jsonl", done)
     for step in tqdm(range(done + 1, config.steps + 1), config.method, disable=RANK > 0 or None):
@@ -1756,7 +1780,7 @@ def together():
         error = caught
     first = int(over_ranks(torch.tensor(RANK if error else RANKS), "MIN"))
     if first == RANK:
-        error.alone = True
+        error.alone = True  # the other processes stay silent
         raise error
     if first < RANKS:
         raise SystemExit(2)

@@ -28,7 +28,7 @@ NOTES = {
     "right_reason": "solved with exactly the true targets named; the rest of accuracy is guessing",
     "to GRPO": "steps to GRPO's last accuracy, the first of two evaluations in a row that reach it",
 }
-STUCK = "GRPO did not leave its base, so there are no steps to compare"
+STUCK = "GRPO never beat its base, so there are no steps to count"
 SHOWN = 40  # tokens of an answer in the picture of tutoring
 PLACES = 9  # regions of each picture of a Qwen model
 
