@@ -353,8 +353,8 @@ def build_hints(ref, task, rollout, relevance, config, key):
         needed = {"oracle": problem.targets, "votes": rollout.grades[b][0].points}
         if config.hint in needed and needed[config.hint] is None:
             raise UserError(f"--hint {config.hint}: this task knows no regions; choose another")
-        # Tiny noise breaks ties. With `--hint random` it is the whole score. RANK + b * RANKS is the
-        # index of the problem over all processes.
+        # Tiny noise breaks ties. With `--hint random` it is the whole score. RANK + b * RANKS is
+        # the index of the problem over all processes.
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
         score = noise.double() * 1e-9
         if config.hint == "attention":
@@ -1101,7 +1101,7 @@ def begin(policy, task, config, folder):
         raise UserError(f"{base}: not the base that {folder} began with; put that one back")
     if "base" not in run:
         run |= {"reference": reference, "layers": [], "teacher": None}
-        run["base"] = evaluate(policy, task, config)
+        run["base"] = evaluate(policy, task, config) | evaluate_samples(policy, task, config)
         if config.method == "ptdpo" and config.hint == "attention":
             run["layer_recall"] = calibrate(policy, task, config)
             run["layers"] = [run["layer_recall"].index(max(run["layer_recall"]))]
