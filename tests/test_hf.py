@@ -153,15 +153,17 @@ def test_pictures_and_their_places_must_be_as_many(policy, question):
 
 def test_max_pixels(folder, policy):
     """It is obeyed, also below the processor's own minimum; 0 stands for never shrink."""
-    side = policy.processor.image_processor.patch_size
     large = Problem([picture(1400, 1300, 0)], "?", "1")
+    small = Problem([picture(40, 40, 0)], "?", "1")
 
-    def pixels(limit):
-        return int(load(folder, max_pixels=limit).encode(large).grid.prod()) * side**2
+    def pixels(problem, limit):
+        patches = load(folder, max_pixels=limit).encode(problem).grid.prod()
+        return int(patches) * policy.processor.image_processor.patch_size**2
 
-    assert 1000 < pixels(56 * 56 - 1) < 56 * 56
-    assert 30_000 < pixels(40_000) <= 40_000
-    assert pixels(0) == pytest.approx(1400 * 1300, rel=0.05)
+    assert 1000 < pixels(large, 56 * 56 - 1) < 56 * 56
+    assert 30_000 < pixels(large, 40_000) <= 40_000
+    assert pixels(small, 2_000) <= 2_000
+    assert pixels(large, 0) == pytest.approx(1400 * 1300, rel=0.05)
 
 
 @pytest.mark.parametrize("size", [(252, 252), (336, 252), (150, 340)])
