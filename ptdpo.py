@@ -1672,7 +1672,8 @@ def load_model(config, dtype):
     except torch.OutOfMemoryError:
         raise
     except ImportError as error:
-        raise UserError(f"--model {name}: {error}; mend it, or pip install peft") from error
+        mend = f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else "mend it"
+        raise UserError(f"--model {name}: {error}; {mend}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {name}: {reason}; give a folder or a hub name") from error
@@ -1700,7 +1701,8 @@ def open_model(config, name, dtype):
         raise ValueError("the tokenizer lacks the picture token, take the model's own")
     size = processor.image_processor.size
     size["longest_edge"] = config.max_pixels or 2**40
-    size["shortest_edge"] = min(size["shortest_edge"], size["longest_edge"])
+    if size["longest_edge"] < size["shortest_edge"]:  # or small pictures would grow to that
+        size["shortest_edge"] = size["longest_edge"] // 4
     # cuDNN makes a plan for every new number of keys, and decoding has a new one each token.
     torch.backends.cuda.enable_cudnn_sdp(False)
     weights = dtype if config.lora else torch.float32

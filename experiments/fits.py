@@ -106,6 +106,7 @@ def predict(s, config, prompt_tokens, e):
     tokens = B * P + N * T
     layer = layer_bytes(s, config, B, N, P, T, e)
     slopes = 3 * tokens * s.mlp * e  # of one layer, in the backward pass
+    # The loss holds seven matrices [tokens of a chunk, words] in float32.
     chunk = 7 * 4 * min(ptdpo.CHUNK, N * T) * s.words + 8 * head * is_cast
     update = {"gradients": 4 * learned, "teacher": 4 * config.prompts * G * T * s.width}
     if config.checkpointing:

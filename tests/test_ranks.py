@@ -165,7 +165,8 @@ def test_a_reward_that_is_no_function(out):
     assert codes(out, "coin") == ["0", "0"]
     tutored = 2 * 4 + 2
     step = 2 * 4 + 2 + 2 * ptdpo.SAMPLES
-    answers = 2 + 4 * 4 + tutored + 2 * step
+    base = 2 + 2 * ptdpo.SAMPLES
+    answers = base + 4 * 4 + tutored + 2 * step
     assert codes(out, "graded") == [str(answers // 2)] * 2
     for row in rows(out / "coin/ptdpo/metrics.jsonl"):
         assert (row["jsd"] is None) == (row["distilled"] == 0) and row["skipped"] == 0
