@@ -506,16 +506,14 @@ def bucket_log_probs(logits, ids, repeated):
     of the list would not be seen. Its words are summed, since 1 - sum(listed) would be pure
     rounding error where the rest is below 1e-7.
     """
-    norm = logits.logsumexp(-1, keepdim=True)
-    listed = (logits.gather(-1, ids) - norm).masked_fill(repeated, FLOOR)
-    rest = logits.scatter(-1, ids, FLOOR).logsumexp(-1, keepdim=True) - norm
-    return torch.cat([listed, rest], -1).clamp_min(FLOOR)
+    listed = logits.gather(-1, ids).masked_fill(repeated, FLOOR)
+    rest = logits.scatter(-1, ids, FLOOR).logsumexp(-1, keepdim=True)
+    return torch.cat([listed, rest], -1).log_softmax(-1).clamp_min(FLOOR)
 
 
 def entropy(logits):
     """Entropy -sum p log p in nats; logits [..., V] -> [...]. Logged, and not in the loss."""
-    p = logits.softmax(-1)
-    return -torch.special.xlogy(p, p).sum(-1)
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
 def token_weights(batch, config, distill_weight):
@@ -669,8 +667,7 @@ def head_backward(policy, ref, hidden, distilled, teacher, tokens, config, chunk
     which is added to the gradient of the head. hidden [tokens, H]; distilled bool [tokens]; teacher
     [distilled tokens, H], or None; tokens: columns by name.
     """
-    head = policy.head().detach()
-    teacher_head = ref.head().detach()
+    heads = policy.head().detach(), ref.head().detach()
     weight = policy.head_weight
     if weight.requires_grad and weight.grad is None:
         weight.grad = torch.zeros_like(weight)
@@ -683,21 +680,29 @@ def head_backward(policy, ref, hidden, distilled, teacher, tokens, config, chunk
     values = []
     grads = []
     for rows, states in chunks:
-        # z is a leaf: autograd goes from the loss back to z, and no further.
-        z = chunk_logits(hidden[rows], head, policy.suppress_ids).requires_grad_()
-        teacher_z = None
-        if states is not None:
-            teacher_z = chunk_logits(states, teacher_head, policy.suppress_ids)
         columns = {name: column[rows] for name, column in tokens.items()}
-        loss, chunk_values = token_losses(z, teacher_z, columns, config)
-        loss.backward()
+        chunk_values, grad = chunk_backward(policy, heads, hidden[rows], states, columns, config)
         values.append(chunk_values)
-        grads.append(product(z.grad, head))
-        if weight.requires_grad:
-            add_product(weight.grad, z.grad.T, hidden[rows])
+        grads.append(grad)
     # The chunks took the tokens in another order. argsort of a permutation is its inverse.
     order = torch.argsort(torch.cat([rows for rows, _ in chunks]))
     return torch.cat(values)[order], torch.cat(grads)[order]
+
+
+def chunk_backward(policy, heads, hidden, states, columns, config):
+    """The same for one chunk. Its matrices [n, V] are freed when it returns."""
+    head, teacher_head = heads
+    # z is a leaf: autograd goes from the loss back to z, and no further.
+    z = chunk_logits(hidden, head, policy.suppress_ids).requires_grad_()
+    teacher_z = None
+    if states is not None:
+        teacher_z = chunk_logits(states, teacher_head, policy.suppress_ids)
+    loss, values = token_losses(z, teacher_z, columns, config)
+    del teacher_z  # before the gradient needs room
+    loss.backward()
+    if policy.head_weight.requires_grad:
+        add_product(policy.head_weight.grad, z.grad.T, hidden.to(head.dtype))
+    return values, product(z.grad, head)
 
 
 def chunk_logits(hidden, head, suppress_ids):
@@ -1211,8 +1216,9 @@ def sample_row(policy, rollout, hints, relevance, tokens, config):
     row["rewards"] = [grade.reward for grade in rollout.grades[0]]
     row["solved"] = [grade.solved for grade in rollout.grades[0]]
     row["hint"] = asdict(hints[0]) if hints else None
-    row["relevance"] = relevance[0].mean(0).tolist() if relevance else None
-    row["chance"] = config.hint_regions / max(1, len(policy.region_names(rollout.prompts[0])))
+    regions = len(policy.region_names(rollout.prompts[0]))
+    row["relevance"] = relevance[0].mean(0)[:regions].tolist() if relevance else None
+    row["chance"] = config.hint_regions / max(1, regions)
     row["pictures"] = [thumbnail(picture) for picture in problem.images[:1]]
     return row
 
@@ -1674,7 +1680,7 @@ def load_model(config, dtype):
     except ImportError as error:
         mend = f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else "mend it"
         raise UserError(f"--model {name}: {error}; {mend}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a broken folder can fail in a dozen ways
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {name}: {reason}; give a folder or a hub name") from error
 
@@ -1709,9 +1715,8 @@ def open_model(config, name, dtype):
     model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype=weights)
     hf.AttentionInterface.register("packed", packed_attention)
     model.set_attn_implementation({"text_config": "packed"})
-    if config.checkpointing:
-        model.activation_checkpointing_enable()
     model.model.visual.requires_grad_(config.train_vision)
+    base = model
     if config.lora:
         import peft
 
@@ -1721,6 +1726,9 @@ def open_model(config, name, dtype):
             warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name of the past
             torch.manual_seed(0)  # the same adapters in every run and process
             model = peft.get_peft_model(model, adapters)  # freezes everything else
+    if config.checkpointing:
+        base.activation_checkpointing_enable()
+        base.disable_input_require_grads()  # or the frozen vision tower would get a backward pass
     return processor, model
 
 

@@ -79,6 +79,14 @@ def worker(out):
     ptdpo.CALIBRATION = 4
     ptdpo.connect()
     torch.save([one_step(out / "model", *step) for step in STEPS], out / f"steps{ptdpo.RANK}.pt")
+    make_task_of = ptdpo.make_task_of
+
+    def late(config):  # the second process reads its data when the first has begun the run
+        if ptdpo.RANK == 1:
+            any((out / "two/ptdpo/run.json").exists() for _ in range(100_000))
+        return make_task_of(config)
+
+    ptdpo.make_task_of = late
     main(f"{TOY} --out {out}/two", "two", out)
     report = ptdpo.report
 
