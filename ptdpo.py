@@ -1840,10 +1840,11 @@ def start(given):
     if "toy" in given:
         load_policy(configs[0], task)
     out = given.get("out", Path("runs") / Path(given.get("model", "toy")).name)
-    if "overwrite" not in given:
-        refuse_old_runs([out / name for name in methods])
-    for config in configs if RANK == 0 else ():
-        create_run(config, out / config.method)
+    if RANK == 0:
+        if "overwrite" not in given:
+            refuse_old_runs([out / name for name in methods])
+        for config in configs:
+            create_run(config, out / config.method)
     return [out / name for name in methods], task
 
 
