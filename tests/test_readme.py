@@ -1,11 +1,13 @@
 """README and docs against the tree: what they name is there, and what they quote is true."""
 
+import json
 import re
 
 import pytest
 from helpers import ROOT
 
 import ptdpo
+from experiments import reproduce, summaries
 
 README = (ROOT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -85,3 +87,16 @@ def test_promises_name_tests_that_exist():
     assert len(named) > 10
     for name in named:
         assert f"def {name}(" in tests, name
+
+
+def test_tables_of_results_are_those_of_the_summaries():
+    """docs/results.md holds the claims of each committed summary, number for number."""
+    folders = [p.parent for p in (ROOT / "experiments" / "results").glob("*/summary.json")]
+    known = [folder for folder in folders if folder.name in reproduce.EXPERIMENTS]
+    tables = 0
+    for folder in known:
+        claims = json.loads((folder / "summary.json").read_text())["claims"]
+        if "text" in claims[0]:  # summaries of the code before this one have another form
+            assert summaries.list_claims(claims) in DOCS["results.md"], folder.name
+            tables += 1
+    assert tables >= 3
