@@ -51,7 +51,6 @@ command line.
 """
 
 import argparse
-import atexit
 import base64
 import copy
 import fcntl
@@ -1748,7 +1747,6 @@ def connect():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
-        atexit.register(torch.distributed.destroy_process_group)  # or gloo may abort at the end
 
 
 def over_ranks(tensor, kind="SUM"):
@@ -1977,5 +1975,19 @@ def main(argv=None):
     return guard(command, sys.argv[1:] if argv is None else argv)
 
 
+def leave(action, *args):
+    """Do it and end the process with its code."""
+    try:
+        code = action(*args)
+    except SystemExit as error:
+        code = error.code
+    if RANKS > 1:
+        # Python's own way out can abort here: threads of gloo may still run when it takes it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

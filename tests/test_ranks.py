@@ -192,4 +192,4 @@ def test_mistakes_end_both(out):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worker(Path(sys.argv[1]))
+    ptdpo.leave(worker, Path(sys.argv[1]))
