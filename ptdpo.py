@@ -78,7 +78,7 @@ from tqdm import tqdm
 
 from toy_tasks import Problem, UserError
 from toy_tasks.counting import Counting
-from toy_tasks.free_text import PLACES, make_task, spoils
+from toy_tasks.free_text import PLACES, FreeText, JsonlTask, spoils
 
 HERE = Path(__file__).resolve().parent
 # RANK, RANKS, together() and over_ranks() belong to torchrun and stand near the end. In one process
@@ -1024,6 +1024,7 @@ def make_config(given):
             raise UserError(f"{flag} {value}: give at least {least}")
     checks = [
         (config.lora and config.train_vision, "--lora and --train-vision: choose one"),
+        (bool(config.data) != bool(config.eval_data), "--data and --eval-data: give both"),
         (config.model and config.hint == "votes", "--hint votes: free text names no regions"),
         (config.data and config.hint == "oracle", "--hint oracle: a file does not know regions"),
         (config.model and config.sample_batch < config.group, "--sample-batch: at least --group"),
@@ -1060,10 +1061,10 @@ def train(policy, task, config, folder):
     if config.steps < done:
         raise UserError(f"--steps {config.steps}: {folder} is at step {done}; give more")
     write_json(folder / "run.json", run | {"config": asdict(config)})
-    if RANK == 0 and done == 0:
+    if done == 0:
         scores = {"the base": run["base"], "the base, tutored": run["teacher"]}
         known = [f"{name} {score['accuracy']:.3f}" for name, score in scores.items() if score]
-        tqdm.write(f"{config.method:6} step    0  accuracy of {', '.join(known)}\n", end="")
+        say(f"{config.method:6} step    0  accuracy of {', '.join(known)}")
     rows = cut_log(folder / "metrics.jsonl", done)
     cut_log(folder / "samples.jsonl", done)
     for step in tqdm(range(done + 1, config.steps + 1), config.method, disable=RANK > 0 or None):
@@ -1086,10 +1087,7 @@ def train(policy, task, config, folder):
         if len(rows) > 2 and all(r["skipped"] for r in rows[-3:]):
             raise UserError(f"{folder}: three steps without an update, stopped; lower --lr")
         if stop:
-            if RANK == 0:
-                tqdm.write(
-                    f"stopped after step {step}: python ptdpo.py --resume {folder}\n", end=""
-                )
+            say(f"stopped after step {step}: python ptdpo.py --resume {folder}")
             raise SystemExit(128 + stop)
 
 
@@ -1232,10 +1230,7 @@ def thumbnail(picture):
 
 
 def report(config, rows, sample):
-    """Print the last row if it was evaluated, and every ten steps warnings.
-
-    A line and its end are written at once: two runs may share the terminal.
-    """
+    """Print the last row if it was evaluated, and every ten steps warnings."""
     row = rows[-1]
     lines = []
     if row["accuracy"] is not None:
@@ -1247,8 +1242,14 @@ def report(config, rows, sample):
         lines += [f"warning: {line}" for line in monitor(rows[-10:], rows[0], sample["chance"])]
     if row["solved"] == 0 and len(rows) % 10 == 0:
         lines.append(f"answered {sample['texts'][0][-200:]!r}, expected {sample['answer']!r}")
-    for line in lines if RANK == 0 else ():
-        tqdm.write(f"{config.method:6} step {row['step']:4}  {line}\n", end="")
+    for line in lines:
+        say(f"{config.method:6} step {row['step']:4}  {line}")
+
+
+def say(line):
+    """Print a line together with its end, since two runs may share the terminal; rank 0 alone."""
+    if RANK == 0:
+        tqdm.write(f"{line}\n", end="")
 
 
 @contextmanager
@@ -1309,8 +1310,10 @@ def make_task_of(config):
     """The task of a run. UserError if its data are bad."""
     if not config.model:
         return Counting(config.difficulty)
-    data = (config.data, config.eval_data)
-    return make_task(config.max_tokens, config.difficulty, config.reward, *data)
+    settings = (config.max_tokens, config.reward, config.difficulty)
+    if config.data:
+        return JsonlTask(config.data, config.eval_data, *settings)
+    return FreeText(*settings)
 
 
 def load_policy(config, task):

@@ -4,14 +4,15 @@
     python -m experiments.train_2b FOLDER --tiny    the same path with a tiny model
 
 Nothing is downloaded. Weights are random and stored in bfloat16; the tokenizer is that of the small
-Qwen2-VL in assets/. Trains adapters of rank 8, and prints the peak of memory, what experiments.fits
-predicts, and the KL to the reference at step 1, which has to be 0 but for rounding.
+Qwen2-VL in assets/. Trains adapters of rank 8, and prints the KL to the reference at step 1, which
+has to be 0 but for rounding, and the peaks of memory: that of loading, when the file is mapped
+beside the float32 weights that are made of it, and that of training, which experiments.fits
+predicts.
 """
 
 import argparse
 import copy
 import json
-import resource
 import shutil
 import sys
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 import ptdpo
-from experiments import fits
+from experiments import figures, fits
 from experiments.small_qwen import MODEL
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000}
@@ -67,21 +68,46 @@ def make_model(folder, name="Qwen2-VL-2B", tiny=False):
     path.write_text(json.dumps(pictures))
 
 
+def peak():
+    """Peak of the resident memory of this process in GB, since it was last reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def reset_peak():
+    """Let the peak begin at what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def train(folder, tiny):
     """Make the model, train it, and print what was measured."""
     make_model(folder, tiny=tiny)
+    reset_peak()
+    program = peak()
+    loading = []
+    plain_load = ptdpo.load_policy
+
+    def load(*args):
+        policy = plain_load(*args)
+        loading.append(peak())
+        reset_peak()
+        return policy
+
+    ptdpo.load_policy = load
+    figures.finish = lambda folders: None
     began = time.time()
     code = ptdpo.main(["--model", str(folder), "--out", f"{folder}/runs", *FLAGS])
     if code:
         raise SystemExit(code)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     run = folder / "runs" / "ptdpo"
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     config = ptdpo.Config(**ptdpo.read_run(run)["config"])
     print("command: python", *sys.argv)
     print(f"torch {torch.__version__}, {time.time() - began:.0f} s for loading and two steps")
-    predicted = fits.total(fits.predict(fits.read_shape(str(folder)), config, PROMPT, 4)) / 1e9
-    print(f"peak of memory {peak:.2f} GB, predicted without Python {predicted:.2f} GB")
+    shape = fits.read_shape(str(folder))
+    predicted = program + fits.total(fits.predict(shape, config, PROMPT, 4)) / 1e9
+    print(f"peak of memory: {loading[0]:.2f} GB in loading, {peak():.2f} GB in training")
+    print(f"predicted for training {predicted:.2f} GB, of them {program:.2f} GB the program itself")
     print(f"KL at step 1: {first['kl']:.1e}")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ptdpo
 from toy_tasks import Problem, UserError, free_text
 from toy_tasks.counting import Counting
 from toy_tasks.free_text import ASK, STEPS, FreeText, JsonlTask, extract, matches, open_picture
@@ -396,11 +397,14 @@ def test_hint_text():
     assert hint([], "", "7") == "The answer is 7."
 
 
-def test_make_task(data):
-    """Every setting reaches the task; one data file of the two is an error."""
-    path = write(data, row())
-    task = free_text.make_task(7, 0.0, None, path, path)
+def test_settings_reach_the_task(data):
+    """Those of the command line; one data file of the two is an error."""
+    path = str(write(data, row()))
+    given = {"model": "m", "max_tokens": 7, "difficulty": 0.0, "reward": "json:dumps"}
+    task = ptdpo.make_task_of(ptdpo.make_config(given))
+    assert (type(task), task.function) == (FreeText, json.dumps)
+    task = ptdpo.make_task_of(ptdpo.make_config(given | {"data": path, "eval_data": path}))
     assert (type(task), task.max_tokens, task.scenes.noise) == (JsonlTask, 7, 0)
-    assert free_text.make_task(7, 1.0, "json:dumps", None, None).function is json.dumps
-    with pytest.raises(UserError, match="give both, or neither"):
-        free_text.make_task(7, 1.0, None, path, None)
+    assert task.reward == "json:dumps"
+    with pytest.raises(UserError, match="--eval-data: give both"):
+        ptdpo.make_config(given | {"data": path})

@@ -156,9 +156,11 @@ def open_picture(path, check=False):
 
     Raises ValueError with the reason if the file cannot be used.
     """
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # gigabytes in a small file
     try:
-        picture = Image.open(path)
+        with warnings.catch_warnings():
+            # PIL only warns of gigabytes in a small file.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path)
         if max(picture.size) > 200 * min(picture.size):
             raise ValueError("one side is more than 200 times the other")
         if check:
@@ -298,12 +300,3 @@ class JsonlTask(FreeText):
         except ValueError as error:
             raise UserError(f"{row['line']}: {error}") from error
         return Problem(pictures, f"{row['problem']}\n{ASK}", row["answer"], row["hint"] or STEPS)
-
-
-def make_task(max_tokens, difficulty, reward, data, eval_data):
-    """The task of a run with --model."""
-    if bool(data) != bool(eval_data):
-        raise UserError("--data and --eval-data belong together: give both, or neither")
-    if not data:
-        return FreeText(max_tokens, reward, difficulty)
-    return JsonlTask(data, eval_data, max_tokens, reward, difficulty)
