@@ -8,10 +8,10 @@
 
 A model answers a question about a picture G times. GRPO rewards the answers that are better than
 the mean of their group, so it learns nothing from a group in which every answer failed. PTD-PO adds
-a tutor for failed answers. It reads off the model's own attention where the answers looked and
-writes a hint that does not contain the solution. A frozen copy of the model, with the hint in its
-prompt, reads the failed answers again: it predicts the next token at each of their positions. The
-model is trained towards these predictions. The model itself never sees the hint.
+a tutor for failed answers. A frozen copy of the model reads them, and the regions of the picture
+that it attends to become a hint that does not contain the solution. With this hint in its prompt
+it reads the failed answers again, and predicts the next token at each of their positions. The model
+is trained towards these predictions. It never sees the hint.
 
     student     the model that learns           answer     what the student wrote
     reference   a frozen copy of it             solution   the true answer
@@ -38,15 +38,15 @@ the vocabulary, K top-k, H hidden width, R regions of the pictures, L layers, n 
 Row b*G + g of a tensor [N, ...] is answer g to prompt b. A list [B] has one entry per prompt.
 
 Departures from the paper (docs/results.md gives the reasons):
-  1. The model's own attention writes the spatial part of the hint, not a larger model.
+  1. The reference's attention writes the spatial part of the hint, not a larger model.
   2. The JSD sees the Top-K words of both sides, each with its exact probability.
   3. The JSD is a mean over all distilled tokens of an update, not of a micro-batch.
   4. The JSD has its true gradient. The gradient of the released default is zero.
   5. The KL has the gradient of KL(pi_theta || pi_ref), and acts on all groups.
   6. Answers are sampled from the whole distribution, without top-p.
 
-The file goes from the whole to its parts: train_step, then the functions that it calls, in their
-order, then evaluation, settings, the loop around the step, the Qwen models, torchrun and the
+train_step comes first, then its functions in the order of the step (in step 6 the losses, then the
+update), then evaluation, settings, the loop around the step, the Qwen models, torchrun and the
 command line.
 """
 
@@ -81,6 +81,7 @@ from toy_tasks.counting import Counting
 from toy_tasks.free_text import PLACES, FreeText, JsonlTask, spoils
 
 HERE = Path(__file__).resolve().parent
+CHUNK = 256  # tokens whose logits [n, V] exist at a time
 # RANK, RANKS, together() and over_ranks() belong to torchrun and stand near the end. In one process
 # RANK is 0, RANKS is 1, together() does nothing, and over_ranks(x) is x.
 
@@ -112,22 +113,22 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
         hints = build_hints(ref, task, rollout, relevance, config, key)
         # 5. The reference, with the hint in its context, reads the failed answers again.
         distill = answers_to_distill(rollout, config)
-        teacher = tutor(ref, rollout, hints, distill, config)
+        teacher = read_teacher(ref, rollout, hints, distill, config)
     # 6. The student learns from its rewards and from the teacher.
     batch = Batch(
-        rollout.prompts,
-        rollout.completion,
-        rollout.mask,
-        advantages,
-        logp_ref,
-        answers_under_kl(rollout, config),
-        distill,
-        teacher,
+        prompts=rollout.prompts,
+        completion=rollout.completion,
+        mask=rollout.mask,
+        advantages=advantages,
+        logp_ref=logp_ref,
+        kl_on=answers_under_kl(rollout, config),
+        distill=distill,
+        teacher=teacher,
     )
-    tokens, grad_norm, skipped = update(policy, ref, optimizer, batch, config, step)
-    metrics = step_metrics(policy, task, rollout, hints, distill, tokens)
+    values, grad_norm, skipped = update(policy, ref, optimizer, batch, config, step)
+    metrics = step_metrics(policy, task, rollout, hints, distill, values)
     metrics |= {"grad_norm": grad_norm, "skipped": skipped}
-    return metrics, sample_row(policy, rollout, hints, relevance, tokens, config)
+    return metrics, sample_row(policy, rollout, hints, relevance, values, config)
 
 
 # --------------------------------------------------------------------------------------- protocol
@@ -246,13 +247,13 @@ def sample_and_grade(policy, task, problems, group, key, greedy=False, hints=Non
     uniforms = []
     for b, problem in enumerate(problems):
         prompts.append(policy.encode(problem, hints[b] if hints else ""))
-        # A stream of its own for each answer: what else is sampled in this call, and on how many
-        # processes, changes nothing.
+        # A stream for each answer, by the index of its problem over all processes: what else is
+        # sampled here, and on how many processes, changes nothing.
         for g in range(group):
             stream = generator(*key, RANK + b * RANKS, g)
             uniforms.append(torch.rand(task.max_tokens, generator=stream, dtype=torch.double))
     completion = policy.sample(prompts, torch.stack(uniforms), greedy)
-    # An answer ends with its first stop token. The padding may be an ordinary token: no sign of it.
+    # The answer is every token with no stop token before it. The rest is padding, whatever it is.
     device = completion.device
     stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=device))
     mask = stop.cumsum(1) - stop.long() == 0
@@ -261,7 +262,7 @@ def sample_and_grade(policy, task, problems, group, key, greedy=False, hints=Non
     texts = [policy.text(ids[:n]) for ids, n in zip(completion.tolist(), lengths)]
     with together():
         asked = [problem for problem in problems for _ in range(group)]
-        grades = [task.grade(*answer) for answer in zip(asked, texts, finished)]
+        grades = list(map(task.grade, asked, texts, finished))
     rewards = torch.tensor([float(grade.reward) for grade in grades], device=device)
     solved = torch.tensor([bool(grade.solved) for grade in grades], device=device)
     starts = range(0, len(texts), group)
@@ -279,8 +280,8 @@ def group_advantages(rewards, group_size):
     """
     r = rewards.view(-1, group_size)
     advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
-    # In a flat group, rounding leaves deviations and a std of about 1e-8. Beside 1e-6 that is not
-    # nothing: advantages of up to 0.1 have been seen.
+    # In a flat group, rounding can leave a std of 1e-8 to 1e-7. Beside 1e-6 that would give
+    # advantages of up to 0.1.
     flat = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
     return advantages.masked_fill(flat, 0.0).flatten()
 
@@ -302,16 +303,17 @@ def read_reference(ref, rollout, layers, config):
         logp_ref.append(completion_logp(ref, hidden, part))
         if layers:
             of_groups = attention.unflatten(1, (len(part.prompts), -1)).mean(2)  # [L, b, R]
-            relevance += of_groups.transpose(0, 1).cpu()
+            relevance.extend(of_groups.transpose(0, 1).cpu())
     return torch.cat(logp_ref), relevance
 
 
+@torch.no_grad()
 def completion_logp(model, hidden, groups):
     """log pi(y_t | x, y_<t) [N, T] of the answers of `groups`, from hidden [N, T, H]; 0 if padded.
 
-    Without gradient, and chunk by chunk, so that logits [N, T, V] never exist.
+    Chunk by chunk, so that logits [N, T, V] never exist.
     """
-    head = model.head().detach()
+    head = model.head()
     targets = groups.completion[groups.mask]
     logp = []
     for h, target in zip(hidden[groups.mask].split(CHUNK), targets.split(CHUNK)):
@@ -339,7 +341,8 @@ def build_hints(ref, task, rollout, relevance, config, key):
     """One Hint a group: where to look (the M regions of highest score), and which steps to take.
 
     A hint must not contain the solution. Every hint names M regions, however many matter, so the
-    list cannot state a count. The steps are the task's advice in words, and must pass `spoils`.
+    list cannot state a count. The steps are the task's advice in words, left out if `spoils` finds
+    the solution in them.
 
         attention   regions that the reference looked at most while it read the answers
         votes       regions that most answers name      oracle   the true targets
@@ -349,11 +352,10 @@ def build_hints(ref, task, rollout, relevance, config, key):
     hints = []
     for b, problem in enumerate(rollout.problems):
         names = ref.region_names(rollout.prompts[b])
-        needed = {"oracle": problem.targets, "votes": rollout.grades[b][0].points}
-        if config.hint in needed and needed[config.hint] is None:
+        known = {"oracle": problem.targets, "votes": rollout.grades[b][0].points}
+        if known.get(config.hint, []) is None:
             raise UserError(f"--hint {config.hint}: this task knows no regions; choose another")
-        # Tiny noise breaks ties. With `--hint random` it is the whole score. RANK + b * RANKS is
-        # the index of the problem over all processes.
+        # Tiny noise breaks ties. With `--hint random` it is the whole score.
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
         score = noise.double() * 1e-9
         if config.hint == "attention":
@@ -397,7 +399,7 @@ def answers_under_kl(rollout, config):
 
 
 @torch.no_grad()
-def tutor(ref, rollout, hints, distill, config):
+def read_teacher(ref, rollout, hints, distill, config):
     """The frozen reference reads answers again: same pictures, same ids, the hint in its context.
 
     q_t = pi_ref(. | x, h, y_<t). Returns, by group, its hidden states at the tokens of the answers
@@ -418,9 +420,9 @@ def tutor(ref, rollout, hints, distill, config):
             rows += range(b * G, b * G + G)
         hidden, _ = ref.forward(prompts, rollout.completion[rows])
         wanted = rollout.mask[rows] & distill[rows, None]
-        for i, b in enumerate(groups.tolist()):
-            own = slice(i * G, i * G + G)  # tokens in the order of answers, as in head_backward
-            teacher[b] = hidden[own][wanted[own]]
+        # forward takes whole groups. What it read of other answers is dropped.
+        for b, states, own in zip(groups.tolist(), hidden.split(G), wanted.split(G)):
+            teacher[b] = states[own]
     return teacher
 
 
@@ -444,10 +446,10 @@ def policy_loss(log_ratio, advantages, algorithm="grpo"):
 
 
 def kl_to_reference(logp, logp_old, logp_ref):
-    """KL(pi_theta || pi_ref) of each token: rho (e^d - d - 1), d = log pi_ref - log pi_theta.
+    """Estimate of KL(pi_theta || pi_ref) at each token: rho (e^d - d - 1), d = logp_ref - logp.
 
-    All of one shape. e^d - d - 1 is known as the k3 estimator. Alone, its gradient is that of
-    KL(pi_ref || pi_theta). Multiplied by rho, it is that of KL(pi_theta || pi_ref).
+    All of one shape. e^d - d - 1 is known as the k3 estimator. Alone, its expected gradient is that
+    of KL(pi_ref || pi_theta). Multiplied by rho, it is that of KL(pi_theta || pi_ref).
     """
     d = (logp_ref - logp).clamp(-20, 20)
     rho = (logp - logp_old).clamp(-20, 20).exp()
@@ -457,8 +459,8 @@ def kl_to_reference(logp, logp_old, logp_ref):
 def jsd(log_p, log_q):
     """Jensen-Shannon: KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2; [..., C] -> [...].
 
-    The whole gradient goes through the factor p; detaching m would change nothing. The released
-    code detaches this p and keeps m, and what is left of the gradient is exactly zero.
+    d JSD / d p = log(p / m) / 2, all of it from the factor log_p.exp(): the other terms cancel. The
+    released code detaches that factor, so its gradient is exactly zero.
     """
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     p_part = log_p.exp() * (log_p - log_m)
@@ -507,7 +509,7 @@ def bucket_log_probs(logits, ids, repeated):
     """
     listed = logits.gather(-1, ids).masked_fill(repeated, FLOOR)
     rest = logits.scatter(-1, ids, FLOOR).logsumexp(-1, keepdim=True)
-    return torch.cat([listed, rest], -1).log_softmax(-1).clamp_min(FLOOR)
+    return torch.cat([listed, rest], -1).log_softmax(-1).clamp_min(FLOOR)  # for logits of -inf
 
 
 def entropy(logits):
@@ -527,7 +529,7 @@ def token_weights(batch, config, distill_weight):
     """
     mask = batch.mask.float()
     distilled = mask * batch.distill[:, None]
-    totals = torch.stack([mask.any(1).sum(), mask.sum(), distilled.sum()])
+    totals = torch.stack([mask[:, 0].sum(), mask.sum(), distilled.sum()])  # none is empty
     answers, tokens, distilled_tokens = over_ranks(totals.float())
     if config.algorithm == "dapo":
         mean = mask / tokens
@@ -546,9 +548,9 @@ def token_weights(batch, config, distill_weight):
 def token_losses(logits, teacher_logits, columns, config):
     """The loss of a chunk, a sum over its tokens, and the values of each token [n, 4].
 
-    logits [n, V]; teacher_logits [n, V], or None where nothing is distilled. columns, each [n]:
-    targets, advantages, logp_ref, logp_old, answer_log_ratio, and weights [n, 3]. The values
-    are log-prob, entropy, KL and JSD.
+    logits [n, V]; teacher_logits [n, V], or None where nothing is distilled. columns, made by
+    token_columns, each [n]: targets, advantages, logp_ref, logp_old, answer_log_ratio, and weights
+    [n, 3]. The values are log-prob, entropy, KL and JSD.
     """
     logp = logits.log_softmax(-1).gather(-1, columns["targets"][:, None])[:, 0]
     # At the first update the policy is still the one that sampled: the ratio is 1 in value, but it
@@ -570,7 +572,6 @@ def token_losses(logits, teacher_logits, columns, config):
 
 
 # ----------------------------------------------------------------------------------------- update
-CHUNK = 256  # tokens whose logits [n, V] exist at a time
 CLIP_NORM = 1.0  # gradients are scaled down to this norm
 
 
@@ -606,8 +607,8 @@ def update(policy, ref, optimizer, batch, config, step):
         optimizer.zero_grad()  # the next rollout needs the memory
         norms.append(norm.item())
     names = ("logp", "entropy", "kl", "jsd")
-    tokens = dict(zip(names, torch.cat(values).unbind(-1)))
-    return tokens, mean_of_all(norms), skipped
+    by_name = dict(zip(names, torch.cat(values).unbind(-1)))
+    return by_name, mean_of_all(norms), skipped
 
 
 @torch.no_grad()
@@ -623,7 +624,7 @@ def current_logp(policy, batch, config):
 def backward(policy, ref, part, config):
     """Add the gradient of the loss of some groups to .grad -> values of each token [N, T, 4]."""
     hidden, _ = policy.forward(part.prompts, part.completion)
-    tokens = token_columns(policy, hidden.detach(), part, config)
+    columns = token_columns(policy, hidden, part, config)
     distilled = part.distill[:, None].expand_as(part.mask)[part.mask]
     teacher = None
     if distilled.any():
@@ -633,7 +634,7 @@ def backward(policy, ref, part, config):
     # d hidden, and adds d loss / d head to the gradient of the head. hidden.backward does the lower
     # half; if the head is tied to the embedding, it adds to the same gradient. Row i of teacher is
     # the i-th distilled token: both go by group, answer and token.
-    values, grad = head_backward(policy, ref, hidden.detach(), distilled, teacher, tokens, config)
+    values, grad = head_backward(policy, ref, hidden.detach(), distilled, teacher, columns, config)
     hidden.backward(grad.to(hidden.dtype))
     whole = torch.zeros(*part.mask.shape, values.shape[-1], device=values.device)
     return whole.masked_scatter(part.mask[..., None], values)
@@ -658,13 +659,13 @@ def token_columns(policy, hidden, part, config):
     return columns
 
 
-def head_backward(policy, ref, hidden, distilled, teacher, tokens, config, chunk=CHUNK):
+def head_backward(policy, ref, hidden, distilled, teacher, columns, config, chunk=CHUNK):
     """The loss and its gradient, chunk by chunk -> values [tokens, 4], d loss / d hidden.
 
     Logits of all tokens at once would fill a GPU. So a chunk gets its logits z [n, V], its loss,
     and by autograd dz = d loss / dz. The head is linear, z = h W', hence dh = dz W and dW = dz' h,
     which is added to the gradient of the head. hidden [tokens, H]; distilled bool [tokens]; teacher
-    [distilled tokens, H], or None; tokens: columns by name.
+    [distilled tokens, H], or None; columns: from token_columns.
     """
     heads = policy.head().detach(), ref.head().detach()
     weight = policy.head_weight
@@ -679,8 +680,8 @@ def head_backward(policy, ref, hidden, distilled, teacher, tokens, config, chunk
     values = []
     grads = []
     for rows, states in chunks:
-        columns = {name: column[rows] for name, column in tokens.items()}
-        chunk_values, grad = chunk_backward(policy, heads, hidden[rows], states, columns, config)
+        own = {name: column[rows] for name, column in columns.items()}
+        chunk_values, grad = chunk_backward(policy, heads, hidden[rows], states, own, config)
         values.append(chunk_values)
         grads.append(grad)
     # The chunks took the tokens in another order. argsort of a permutation is its inverse.
@@ -751,7 +752,7 @@ METRICS = {
     "answer_entropy": "entropy summed over the tokens of an answer, mean over answers, in nats",
     "entropy_slope": "change of entropy a step, least squares over the last 10 steps",
     "grad_norm": "norm of the gradient before clipping, mean over the updates of the step",
-    "skipped": "0, or the name of what was not finite, so that an update was left out",
+    "skipped": "0, or gradient if it was not finite, so that an update was left out",
     "completion_length": "mean tokens of an answer, its end included",
     "hint_recall": "share of the true targets among the hinted regions, by chance M/R; or null",
     "hints_rejected": "share of hints whose steps could give the answer away, and were left out",
@@ -761,17 +762,17 @@ METRICS = {
     "right_reason": "held-out problems, greedy: share solved with exactly the targets named",
     "pass_1": "held-out problems, sampled: share of answers that are solved",
     "pass_8": "held-out problems, sampled: share of problems solved at least once in 8 answers",
-    "ways": "how often two right answers differ: 1 as often as by uniform choice, 0 never",
+    "ways": "how often two right answers to a problem differ, over how often two random ones would",
     "seconds": "wall time of the step, evaluation included",
 }
 
 
-def step_metrics(policy, task, rollout, hints, distill, tokens):
-    """Metrics of a step over all processes. tokens: values of each token by name [N, T]."""
+def step_metrics(policy, task, rollout, hints, distill, values):
+    """Metrics of a step over all processes. values: of each token, by name [N, T]."""
     mask = rollout.mask
     failed = mask & ~rollout.solved[:, None]
     distilled = mask & distill[:, None]
-    entropy = tokens["entropy"]
+    entropy = values["entropy"]
     share = rollout.solved_share()
     metrics = {
         "reward": mean_of_all(rollout.rewards),
@@ -780,8 +781,8 @@ def step_metrics(policy, task, rollout, hints, distill, tokens):
         "groups_mixed": mean_of_all((share > 0) & (share < 1)),
         "groups_all_solved": mean_of_all(share == 1),
         "distilled": mean_of_all(distilled[mask]),
-        "jsd": mean_of_all(tokens["jsd"][distilled]),
-        "kl": mean_of_all(tokens["kl"][mask]),
+        "jsd": mean_of_all(values["jsd"][distilled]),
+        "kl": mean_of_all(values["kl"][mask]),
         "entropy": mean_of_all(entropy[mask]),
         "entropy_failed": mean_of_all(entropy[failed]),
         "entropy_solved": mean_of_all(entropy[mask & ~failed]),
@@ -795,7 +796,7 @@ def step_metrics(policy, task, rollout, hints, distill, tokens):
     if hints and hasattr(task, "mistakes"):
         counted = failed & distilled
         mistakes = gather(find_mistakes(policy, task, rollout)[counted].float())
-        metrics["credit"] = auroc(gather(tokens["jsd"][counted]), mistakes > 0)
+        metrics["credit"] = auroc(gather(values["jsd"][counted]), mistakes > 0)
     return metrics
 
 
@@ -846,7 +847,7 @@ def monitor(rows, first, chance):
     lowest = (first["entropy"] or 0) / 5
     if rows[-1]["solved"] > 0.5:
         lowest = -1  # never: low entropy is no collapse where answers are right
-    signals = [  # dead is what stays between two bounds
+    signals = [  # name; dead if it was always from ... to ...; remedy
         ("solved", 0, 0, "no answer is solved: see what was answered and expected"),
         ("groups_mixed", 0, 0, "no group is mixed, reward teaches next to nothing: raise --group"),
         ("groups_all_solved", 1, 1, "all is solved, nothing to tutor: raise --difficulty"),
@@ -864,7 +865,7 @@ def monitor(rows, first, chance):
 
 # ------------------------------------------------------------------------------------- evaluation
 CALIBRATION = 32  # problems with known targets, by which layers are ranked
-HELD_OUT = 64  # held-out problems in memory at a time, or up to twice as many
+EVAL_BATCH = 64  # held-out problems come in batches of this size, or up to twice as large
 SAMPLES = 8  # answers to a problem for pass_1, pass_8 and ways
 
 
@@ -896,12 +897,12 @@ def calibrate(ref, task, config):
 def held_out(task, config, count):
     """Held-out problems of this process, in batches: index of the first, and problems."""
     count = max(RANKS, min(count, task.held_out))
-    for start, stop in even_cuts(count, max(1, count // HELD_OUT)):
+    for start, stop in even_cuts(count, max(1, count // EVAL_BATCH)):
         yield start, pose(task, config.eval_split, 0, start, stop - start)
 
 
 def evaluate(policy, task, config, layers=()):
-    """Scores of greedy answers to held-out problems; with layers, tutored by its own attention."""
+    """Scores of greedy answers to held-out problems; with layers, with hints from own attention."""
     rows = []
     for start, problems in held_out(task, config, config.eval_problems):
         hints = None
@@ -911,7 +912,7 @@ def evaluate(policy, task, config, layers=()):
             _, relevance = read_reference(policy, rollout, layers, config)
             built = build_hints(policy, task, rollout, relevance, config, key)
             hints = [hint.text for hint in built]
-        rollout = sample_and_grade(policy, task, problems, 1, ("greedy",), True, hints)
+        rollout = sample_and_grade(policy, task, problems, 1, ("greedy",), greedy=True, hints=hints)
         for problem, grades in zip(problems, rollout.grades):
             rows.append(judge(problem, grades[0]))
     names = ("accuracy", "point_f1", "right_reason")
@@ -972,10 +973,10 @@ class Config:
     micro_batch: int = knob(0, "groups in a pass, 0: all; saves memory, changes nothing", least=0)
     policy_weight: float = knob(1.0, "weight of the policy loss; 0: distillation alone", least=0)
     kl_weight: float = knob(0.01, "beta, weight of the KL to the reference", least=0)
-    kl_on: str = knob("all", "groups under the KL; untutored: as released", "all", "untutored")
+    kl_on: str = knob("all", "groups under the KL (released: untutored)", "all", "untutored")
     distill_weight: float = knob(1.0, "lambda, weight of the JSD", least=0)
     distill_decay: bool = knob(False, "let lambda fall linearly to 0 over the run")
-    distill_on: str = knob("failed", "answers to distil; all: whatever tau", "failed", "all")
+    distill_on: str = knob("failed", "answers to distil; all ignores tau", "failed", "all")
     tau: float = knob(1.0, "tutor groups whose share of solved answers is below this", least=0)
     divergence: str = knob("jsd", "distance to the teacher", *DIVERGENCES)
     top_k: int = knob(10, "K, words of each side that the JSD sees one by one", least=1)
@@ -1048,28 +1049,28 @@ def train(policy, task, config, folder):
     """Train a run from where it is: step, measure, log, save.
 
     A run is a folder with run.json, metrics.jsonl, samples.jsonl and checkpoint.safetensors.
-    UserError after three steps without an update, SystemExit after a signal.
+    UserError after three steps that left out an update, SystemExit after a signal.
     """
     # The reference is the policy as it was at the start, also for a run that is resumed.
     ref = policy.frozen_copy()
     learned = [p for p in policy.parameters() if p.requires_grad]
     fused = True if learned[0].is_cuda else None  # without it, AdamW copies all weights for a step
     optimizer = torch.optim.AdamW(learned, config.lr, weight_decay=0.01, fused=fused)
-    run = begin(policy, task, config, folder)
+    stored = measure_base(policy, task, config, folder)
     checkpoint = folder / "checkpoint.safetensors"
     done = load_checkpoint(checkpoint, policy, optimizer) if checkpoint.exists() else 0
     if config.steps < done:
         raise UserError(f"--steps {config.steps}: {folder} is at step {done}; give more")
-    write_json(folder / "run.json", run | {"config": asdict(config)})
+    write_json(folder / "run.json", stored | {"config": asdict(config)})
     if done == 0:
-        scores = {"the base": run["base"], "the base, tutored": run["teacher"]}
+        scores = {"the base": stored["base"], "the base, tutored": stored["teacher"]}
         known = [f"{name} {score['accuracy']:.3f}" for name, score in scores.items() if score]
         say(f"{config.method:6} step    0  accuracy of {', '.join(known)}")
     rows = cut_log(folder / "metrics.jsonl", done)
     cut_log(folder / "samples.jsonl", done)
     for step in tqdm(range(done + 1, config.steps + 1), config.method, disable=RANK > 0 or None):
         began = time.perf_counter()
-        row, sample = train_step(policy, ref, task, optimizer, config, run["layers"], step)
+        row, sample = train_step(policy, ref, task, optimizer, config, stored["layers"], step)
         row["step"] = step
         row["entropy_slope"] = entropy_slope([*rows[-9:], row])
         if step % config.eval_every == 0 or step in (1, config.steps):
@@ -1091,7 +1092,7 @@ def train(policy, task, config, folder):
             raise SystemExit(128 + stop)
 
 
-def begin(policy, task, config, folder):
+def measure_base(policy, task, config, folder):
     """run.json of a run. At the first start it is completed by what is measured on the base.
 
     UserError if the base is another one than the run began with.
@@ -1121,7 +1122,7 @@ def fingerprint(policy):
 
 
 def sync(path):
-    """See a file, or the entries of a folder, on the disk."""
+    """Force a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -1201,7 +1202,7 @@ def load_checkpoint(path, policy, optimizer=None):
         raise UserError(f"{path}: no checkpoint ({error}); give another, or start anew") from None
 
 
-def sample_row(policy, rollout, hints, relevance, tokens, config):
+def sample_row(policy, rollout, hints, relevance, values, config):
     """One group in full: problem, answers, hint, where they looked, JSD of each token."""
     problem = rollout.problems[0]
     group = len(rollout.texts[0])
@@ -1209,7 +1210,7 @@ def sample_row(policy, rollout, hints, relevance, tokens, config):
     ids = [row[:length] for row, length in zip(rollout.completion.tolist(), lengths)]
     row = {"question": problem.question, "answer": problem.answer, "texts": rollout.texts[0]}
     row["tokens"] = [[policy.text([i]) for i in answer] for answer in ids]
-    row["jsd"] = [values[:length].tolist() for values, length in zip(tokens["jsd"], lengths)]
+    row["jsd"] = [jsd[:length].tolist() for jsd, length in zip(values["jsd"], lengths)]
     row["rewards"] = [grade.reward for grade in rollout.grades[0]]
     row["solved"] = [grade.solved for grade in rollout.grades[0]]
     row["hint"] = asdict(hints[0]) if hints else None
@@ -1396,7 +1397,7 @@ class HFPolicy(torch.nn.Module):
     def frozen_copy(self):
         """The reference. With adapters it is this very model with the adapters off."""
         ref = copy.copy(self)
-        ref._modules = dict(self._modules)
+        ref._modules = dict(self._modules)  # or ref.model = ... would replace self.model as well
         ref.frozen = True
         if not self.config.lora:
             ref.base = ref.model = copy.deepcopy(self.model).requires_grad_(False)
@@ -1413,7 +1414,8 @@ class HFPolicy(torch.nn.Module):
                 stack.enter_context(self.model.disable_adapter())
             if self.dtype != torch.float32:
                 stack.enter_context(torch.autocast("cuda", self.dtype))
-            if self.config.checkpointing:  # in training mode there is no cache, so none in sampling
+            if self.config.checkpointing:
+                # It acts in training mode, which has no cache to sample with.
                 self.model.train(torch.is_grad_enabled())
             yield
 
@@ -1440,7 +1442,7 @@ class HFPolicy(torch.nn.Module):
         else:
             inputs = {}
         grid = inputs.get("image_grid_thw")
-        # The template marks each picture by one token. The model wants one for each of its tokens.
+        # The template marks a picture by one token. The model wants as many as the picture takes.
         counts = [] if grid is None else (grid.prod(1) // self.merge**2).tolist()
         mark = self.processor.tokenizer.convert_ids_to_tokens(self.image_id)
         pieces = text.split(mark)
@@ -1516,12 +1518,12 @@ class HFPolicy(torch.nn.Module):
                 logits = chunk_logits(hidden, head, self.suppress_ids)
             ids[:, t] = torch.where(done, stop[0], pick(logits, uniforms[:, t], greedy))
             done = done | torch.isin(ids[:, t], stop)
-            # To ask a GPU whether all are done is to wait for it, so that is done seldom.
+            # Asking a GPU whether all are done means waiting for it, so it is asked seldom.
             if t == T - 1 or (t % 16 == 15 and done.all()):
                 break
             output = self.base.model(
                 input_ids=ids[:, t, None],
-                attention_mask=visible[..., : t + 1 - T],
+                attention_mask=visible[..., : real.shape[1] + t + 1],
                 position_ids=(first + t)[None, :, None].expand(3, -1, -1),
                 cache=cache,
                 use_cache=True,
@@ -1663,7 +1665,7 @@ def read_attention(query, key, answer_mask, token_mask, scaling):
     rows = []
     with torch.autocast(query.device.type, enabled=False):
         for q, k, visible, tokens in zip(query, key, answer_mask, token_mask.float()):
-            heads = q.float().unflatten(0, (len(k), -1))  # those that share their keys together
+            heads = q.float().unflatten(0, (len(k), -1))  # grouped by the keys they share
             scores = torch.einsum("khtd,ksd->khts", heads, k.float()) * scaling
             weights = scores.masked_fill(~visible, -math.inf).softmax(-1).mean((0, 1))
             rows.append(tokens @ weights / tokens.sum().clamp_min(1))
@@ -1826,7 +1828,7 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 
-def start(given):
+def create_runs(given):
     """Create the runs that the flags ask for -> their folders, and their task."""
     settings = {f.name: given[f.name] for f in fields(Config) if f.name in given}
     # A run may be resumed from another folder, so it keeps whole paths.
@@ -1887,7 +1889,7 @@ def train_command(given):
         if "resume" in given:
             folders = runs_in(given["resume"])
         else:
-            folders, task = start(given)
+            folders, task = create_runs(given)
     with together():  # now the first process has written run.json
         large = read_run(folders[0])["config"]["model"]
     stopped = None
@@ -1933,14 +1935,16 @@ def command(argv):
         actions = given.keys() & {"toy", "model", "resume", "eval", "help_metrics"}
         if len(actions) != 1:
             raise UserError("give one of --toy, --model, --resume and --eval; see --help")
-        read = {"resume": {"steps"}, "eval": {"eval_split", "eval_problems"}, "help_metrics": set()}
         (action,) = actions
-        odd = given.keys() - actions - read.get(action, given.keys())
+        # Flags that may stand beside an action which goes by what is stored.
+        changes = {"eval_split", "eval_problems"}
+        allowed = {"resume": {"steps"}, "eval": changes, "help_metrics": set()}
+        odd = given.keys() - actions - allowed.get(action, given.keys())
         if odd:
             flag = min(odd).replace("_", "-")
             raise UserError(f"--{action} goes by what is stored: leave out --{flag}")
-        if action in read:
-            make_config({name: given[name] for name in read[action] & given.keys()})  # in range?
+        if action in allowed:
+            make_config({name: given[name] for name in allowed[action] & given.keys()})  # in range?
     if action == "help_metrics":
         print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
     elif action == "eval":
@@ -1951,13 +1955,14 @@ def command(argv):
 
 def guard(action, *args):
     """Do it -> exit code. What the user can mend is one line and code 2, never a traceback."""
-    alone = True  # of several processes that fail alike, one tells
+    tell = True
     try:
         action(*args)
         return 0
     except UserError as error:
         text = str(error)
-        alone = getattr(error, "alone", False)
+        # Of processes that fail alike, the first tells.
+        tell = RANK == 0 or getattr(error, "alone", False)
     except torch.OutOfMemoryError:
         text = """the GPU is full: `python -m experiments.fits MODEL` names flags that would fit;
             --checkpointing, --lora 16, a lower --sample-batch or --max-tokens need less"""
@@ -1968,7 +1973,7 @@ def guard(action, *args):
         text = f"{error.filename or 'disk'}: {error.strerror}; give a path that works, with room"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    if RANK == 0 or alone:
+    if tell:
         print("ptdpo.py:", *text.split(), file=sys.stderr)
     return 2
 

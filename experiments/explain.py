@@ -74,7 +74,7 @@ def explain(folder, mixed):
     rows = slice(b * config.group, (b + 1) * config.group)
     group = rollout.take(b, b + 1)
     tell_group(policy, group, advantages[rows], distill[rows], hints[b])
-    teacher = ptdpo.tutor(ref, group, [hints[b]], distill[rows], config)[0]
+    teacher = ptdpo.read_teacher(ref, group, [hints[b]], distill[rows], config)[0]
     tell_answer(policy, ref, group, advantages[rows], distill[rows], teacher, weights[rows], config)
 
 

@@ -89,7 +89,7 @@ def credit(policy, task, config, layers, seed):
 def jsd_of_failed(policy, rollout, hints, config):
     """JSD of the tokens of failed answers [tokens]. It is rounded: below 1e-6 there is noise."""
     failed = ~rollout.solved
-    teacher = ptdpo.tutor(policy, rollout, hints, failed, config)
+    teacher = ptdpo.read_teacher(policy, rollout, hints, failed, config)
     teacher = torch.cat([states for states in teacher if states is not None])
     hidden, _ = policy.forward(rollout.prompts, rollout.completion)
     hidden = hidden[rollout.mask & failed[:, None]]

@@ -64,7 +64,7 @@ def batch_of(ref, task, rollout, config, key=("test", 0)):
     if config.method == "ptdpo":
         hints = ptdpo.build_hints(ref, task, rollout, relevance, config, key)
         distill = ptdpo.answers_to_distill(rollout, config)
-        teacher = ptdpo.tutor(ref, rollout, hints, distill, config)
+        teacher = ptdpo.read_teacher(ref, rollout, hints, distill, config)
     batch = ptdpo.Batch(
         prompts=rollout.prompts,
         completion=rollout.completion,

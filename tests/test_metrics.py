@@ -214,8 +214,8 @@ def test_a_tutored_evaluation_hints_at_what_its_answers_looked_at(policy, task, 
     calls = []
     plain = ptdpo.sample_and_grade
 
-    def sample(*args):
-        calls.append((args[3:], plain(*args)))
+    def sample(*args, **more):
+        calls.append(((*args[3:], more), plain(*args, **more)))
         return calls[-1][1]
 
     monkeypatch.setattr(ptdpo, "sample_and_grade", sample)
@@ -224,8 +224,9 @@ def test_a_tutored_evaluation_hints_at_what_its_answers_looked_at(policy, task, 
     (sampled, rollout), (greedy, _) = calls
     _, relevance = ptdpo.read_reference(policy, rollout, [1], c)
     hints = ptdpo.build_hints(policy, task, rollout, relevance, c, ("tutored", 0))
-    assert sampled == (4, ("tutored", 0))
-    assert greedy == (1, ("greedy",), True, [hint.text for hint in hints])
+    assert sampled == (4, ("tutored", 0), {})
+    told = {"greedy": True, "hints": [hint.text for hint in hints]}
+    assert greedy == (1, ("greedy",), told)
 
 
 # ------------------------------------------------------------------------------ monitor and sample

@@ -226,7 +226,7 @@ def test_teacher_reads_the_same_picture_and_ids_with_the_hint(
         return plain(prompts, completion)
 
     monkeypatch.setattr(ref, "forward", forward)
-    teacher = ptdpo.tutor(ref, rollout, hints, batch.distill, c)
+    teacher = ptdpo.read_teacher(ref, rollout, hints, batch.distill, c)
     read = [prompt for prompts, _ in calls for prompt in prompts]
     assert torch.equal(torch.cat([ids for _, ids in calls]), rollout.completion[:12])
     for b, prompt in enumerate(read):
@@ -237,7 +237,7 @@ def test_teacher_reads_the_same_picture_and_ids_with_the_hint(
         assert torch.allclose(teacher[b], expected, atol=2e-5)
     assert len(read) == 3
     nobody = torch.zeros_like(batch.distill)
-    assert [teacher[3], *ptdpo.tutor(ref, rollout, hints, nobody, c)] == [None] * 5
+    assert [teacher[3], *ptdpo.read_teacher(ref, rollout, hints, nobody, c)] == [None] * 5
 
 
 # ----------------------------------------------------------------------------------------- update
