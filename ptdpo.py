@@ -6,8 +6,8 @@
     python ptdpo.py --eval runs/toy/ptdpo               measure a run on held-out problems
     python ptdpo.py --help                              all flags; --help-metrics: all metrics
 
-A model answers a question about a picture G times. GRPO rewards the answers that are better than
-the mean of their group, so it learns nothing from a group in which every answer failed. PTD-PO adds
+A model answers a question about a picture G times. GRPO favours the answers whose reward is above
+the mean of their group, so it learns nothing from a group whose rewards are all equal. PTD-PO adds
 a tutor for failed answers. A frozen copy of the model reads them, and the regions of the picture
 that it attends to become a hint that does not contain the solution. With this hint in its prompt
 it reads the failed answers again, and predicts the next token at each of their positions. The model
@@ -247,8 +247,8 @@ def sample_and_grade(policy, task, problems, group, key, greedy=False, hints=Non
     uniforms = []
     for b, problem in enumerate(problems):
         prompts.append(policy.encode(problem, hints[b] if hints else ""))
-        # A stream for each answer, by the index of its problem over all processes: what else is
-        # sampled here, and on how many processes, changes nothing.
+        # Each answer has its own stream, keyed by the index of its problem over all processes:
+        # other answers and the number of processes change nothing.
         for g in range(group):
             stream = generator(*key, RANK + b * RANKS, g)
             uniforms.append(torch.rand(task.max_tokens, generator=stream, dtype=torch.double))
@@ -292,8 +292,8 @@ def read_reference(ref, rollout, layers, config):
     """The frozen reference reads all answers once -> logp_ref [N, T], relevance [B] of [L, R].
 
     The relevance of a region is the attention of the positions that predict answer tokens, a mean
-    over heads, tokens and the G answers. A mean over the solved answers alone would leak which ones
-    are right. Empty without layers.
+    over heads, tokens and the G answers. A mean over the solved answers alone would let the
+    grades into the hint. Empty without layers.
     """
     logp_ref = []
     relevance = []
@@ -359,7 +359,7 @@ def build_hints(ref, task, rollout, relevance, config, key):
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
         score = noise.double() * 1e-9
         if config.hint == "attention":
-            score += relevance[b].mean(0)[: len(names)]  # the rest is padding of other prompts
+            score += relevance[b].mean(0)[: len(names)]  # over layers; the rest is padding
         elif config.hint == "votes":
             # How many answers name the region: is attention more than an echo of the answers?
             for grade in rollout.grades[b]:
@@ -384,7 +384,7 @@ def build_hints(ref, task, rollout, relevance, config, key):
 
 # -------------------------------------------------------------------------------- tutored teacher
 def answers_to_distill(rollout, config):
-    """The failed answers of groups whose solved share is below tau, bool [N]; or all answers."""
+    """Failed answers, in groups whose solved share is below tau (1: any), bool [N]; or all."""
     if config.distill_on == "all":
         return torch.ones_like(rollout.solved)
     below = rollout.solved_share() < config.tau
@@ -529,7 +529,7 @@ def token_weights(batch, config, distill_weight):
     """
     mask = batch.mask.float()
     distilled = mask * batch.distill[:, None]
-    totals = torch.stack([mask[:, 0].sum(), mask.sum(), distilled.sum()])  # none is empty
+    totals = torch.stack([mask[:, 0].sum(), mask.sum(), distilled.sum()])  # the first is N
     answers, tokens, distilled_tokens = over_ranks(totals.float())
     if config.algorithm == "dapo":
         mean = mask / tokens
@@ -579,8 +579,7 @@ def update(policy, ref, optimizer, batch, config, step):
     """Move the weights: `updates_per_batch` steps of AdamW, each on its share of the groups.
 
     Returns log-prob, entropy, KL and JSD of each token by name [N, T]; the mean norm of the
-    gradients before clipping; and 0, or the name of what was not finite, for which an update was
-    left out.
+    gradients before clipping; and 0, or "gradient" if one was not finite and its update left out.
     """
     distill_weight = config.distill_weight
     if config.distill_decay:
@@ -671,7 +670,7 @@ def head_backward(policy, ref, hidden, distilled, teacher, columns, config, chun
     weight = policy.head_weight
     if weight.requires_grad and weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    # A chunk holds distilled tokens only, or none: the teacher's logits are computed where needed.
+    # A chunk is all distilled tokens, or all others: only the former need the teacher's logits.
     other_rows = (~distilled).nonzero()[:, 0]
     chunks = [(rows, None) for rows in other_rows.split(chunk)]
     if teacher is not None:
@@ -740,8 +739,8 @@ METRICS = {
     "step": "training steps so far; all other metrics of a row are over the whole step",
     "reward": "mean reward of the sampled answers",
     "solved": "share of sampled answers that are solved",
-    "groups_all_failed": "share of groups with no solved answer; GRPO learns nothing from them",
-    "groups_mixed": "share of groups with solved and failed answers; GRPO learns from these alone",
+    "groups_all_failed": "share of groups without a solved answer; GRPO needs rewards that differ",
+    "groups_mixed": "share of groups with both solved and failed answers",
     "groups_all_solved": "share of groups with solved answers only; nothing is left to learn",
     "distilled": "share of answer tokens that are distilled; if small, each carries much of lambda",
     "jsd": "mean Top-K JSD (or --divergence) of the distilled tokens, in nats; null if none is",

@@ -116,7 +116,7 @@ def show_attention(axis, picture, relevance, regions):
     """A picture under its relevance map [R], a square grid, with the hinted regions framed."""
     axis.imshow(picture)
     axis.axis("off")
-    axis.set_title("where its own answers looked\nwhite: hinted to the teacher", fontsize=9)
+    axis.set_title("where the reference looked\nwhite: hinted to the teacher", fontsize=9)
     side = math.isqrt(len(relevance))
     if side == 0:
         return
