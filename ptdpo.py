@@ -14,7 +14,7 @@ it reads the failed answers again, and predicts the next token at each of their 
 is trained towards these predictions. It never sees the hint.
 
     student     the model that learns           answer     what the student wrote
-    reference   a frozen copy of it             solution   the true answer
+    reference   a frozen copy of it             solution   the true answer (problem.answer)
     teacher     the reference with the hint     to read    one pass over a given text (teacher
                 in its prompt                              forcing); nothing is generated
 
