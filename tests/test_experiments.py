@@ -15,7 +15,6 @@ from experiments.summaries import interval, judge_claim
 from toy_tasks.counting import CELLS, Counting
 
 SUMMARIES = sorted((ROOT / "experiments/results").glob("*/summary.json"))
-SUMMARIES = [path for path in SUMMARIES if "by_seed" in json.loads(path.read_text())]
 BASES = {
     "base": ROOT / "toy_tasks/base.safetensors",
     "base-1": ROOT / "experiments/bases/base-1.safetensors",
