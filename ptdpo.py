@@ -353,7 +353,7 @@ def build_hints(ref, task, rollout, relevance, config, key):
     for b, problem in enumerate(rollout.problems):
         names = ref.region_names(rollout.prompts[b])
         known = {"oracle": problem.targets, "votes": rollout.grades[b][0].points}
-        if known.get(config.hint, []) is None:
+        if config.hint in known and known[config.hint] is None:
             raise UserError(f"--hint {config.hint}: this task knows no regions; choose another")
         # Tiny noise breaks ties. With `--hint random` it is the whole score.
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
@@ -529,7 +529,7 @@ def token_weights(batch, config, distill_weight):
     """
     mask = batch.mask.float()
     distilled = mask * batch.distill[:, None]
-    totals = torch.stack([mask[:, 0].sum(), mask.sum(), distilled.sum()])  # the first is N
+    totals = torch.stack([mask[:, 0].sum(), mask.sum(), distilled.sum()])  # answers, tokens, ...
     answers, tokens, distilled_tokens = over_ranks(totals.float())
     if config.algorithm == "dapo":
         mean = mask / tokens
@@ -1960,7 +1960,7 @@ def guard(action, *args):
         return 0
     except UserError as error:
         text = str(error)
-        # Of processes that fail alike, the first tells.
+        # If all processes fail alike, the first prints the line.
         tell = RANK == 0 or getattr(error, "alone", False)
     except torch.OutOfMemoryError:
         text = """the GPU is full: `python -m experiments.fits MODEL` names flags that would fit;
@@ -1989,7 +1989,7 @@ def leave(action, *args):
     except SystemExit as error:
         code = error.code
     if RANKS > 1:
-        # Python's own way out can abort here: threads of gloo may still run when it takes it.
+        # A normal exit of Python can abort here, because threads of gloo may still be running.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)

@@ -60,7 +60,7 @@ def peak_gb():
     """Peak of memory in GB: of tensors on a GPU, or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    return train_2b.peak()
 
 
 def train_case(case, out, tiny):
