@@ -67,15 +67,19 @@ import time
 import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from tiny_vlm import pick
 from toy_tasks import Problem, UserError
 from toy_tasks.counting import Counting
 from toy_tasks.free_text import PLACES, FreeText, JsonlTask, spoils
@@ -153,11 +157,12 @@ class Policy(Protocol):
     def sample(self, prompts: list, uniforms: torch.Tensor, greedy: bool) -> torch.Tensor:
         """G answers to each prompt, ids [N, T], drawn by the uniform numbers [N, T]."""
 
-    def forward(self, prompts: list, completion: torch.Tensor, mask=None, layers=()):
-        """Read given answers (teacher forcing) -> hidden [N, T, H], attention [layers, N, R].
+    def forward(self, prompts: list, completion: torch.Tensor, mask: torch.Tensor, layers=()):
+        """Read given answers (teacher forcing) -> hidden [N, T, H], attention [B] of [L, G, R].
 
-        hidden[:, t] predicts token t. attention is that of the predicting positions to the regions
-        of the pictures, a mean over heads and over the tokens in mask; None without layers.
+        hidden[:, t] predicts token t; in padding, where mask is false, it may be anything finite.
+        attention is that of the predicting positions to the regions of the pictures, by layer of
+        `layers`, a mean over heads and over the tokens in mask. Without layers the list is empty.
         """
 
     def region_names(self, prompt) -> list[str]:
@@ -301,9 +306,7 @@ def read_reference(ref, rollout, layers, config):
         # One pass gives both: the answers are known, so all of their tokens are read at once.
         hidden, attention = ref.forward(part.prompts, part.completion, part.mask, layers)
         logp_ref.append(completion_logp(ref, hidden, part))
-        if layers:
-            of_groups = attention.unflatten(1, (len(part.prompts), -1)).mean(2)  # [L, b, R]
-            relevance.extend(of_groups.transpose(0, 1).cpu())
+        relevance += [by_answer.mean(1).cpu() for by_answer in attention]
     return torch.cat(logp_ref), relevance
 
 
@@ -359,7 +362,7 @@ def build_hints(ref, task, rollout, relevance, config, key):
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
         score = noise.double() * 1e-9
         if config.hint == "attention":
-            score += relevance[b].mean(0)[: len(names)]  # over layers; the rest is padding
+            score += relevance[b].mean(0)  # over layers
         elif config.hint == "votes":
             # How many answers name the region: is attention more than an echo of the answers?
             for grade in rollout.grades[b]:
@@ -418,8 +421,9 @@ def read_teacher(ref, rollout, hints, distill, config):
             like = rollout.prompts[b]
             prompts.append(ref.encode(rollout.problems[b], hints[b].text, like))
             rows += range(b * G, b * G + G)
-        hidden, _ = ref.forward(prompts, rollout.completion[rows])
-        wanted = rollout.mask[rows] & distill[rows, None]
+        mask = rollout.mask[rows]
+        hidden, _ = ref.forward(prompts, rollout.completion[rows], mask)
+        wanted = mask & distill[rows, None]
         # forward takes whole groups. What it read of other answers is dropped.
         for b, states, own in zip(groups.tolist(), hidden.split(G), wanted.split(G)):
             teacher[b] = states[own]
@@ -615,14 +619,14 @@ def current_logp(policy, batch, config):
     """Log-probs of all answer tokens under the policy as it is [N, T]."""
     logp = []
     for part in batch.split(config.micro_batch):
-        hidden, _ = policy.forward(part.prompts, part.completion)
+        hidden, _ = policy.forward(part.prompts, part.completion, part.mask)
         logp.append(completion_logp(policy, hidden, part))
     return torch.cat(logp)
 
 
 def backward(policy, ref, part, config):
     """Add the gradient of the loss of some groups to .grad -> values of each token [N, T, 4]."""
-    hidden, _ = policy.forward(part.prompts, part.completion)
+    hidden, _ = policy.forward(part.prompts, part.completion, part.mask)
     columns = token_columns(policy, hidden, part, config)
     distilled = part.distill[:, None].expand_as(part.mask)[part.mask]
     teacher = None
@@ -1214,7 +1218,7 @@ def sample_row(policy, rollout, hints, relevance, values, config):
     row["solved"] = [grade.solved for grade in rollout.grades[0]]
     row["hint"] = asdict(hints[0]) if hints else None
     regions = len(policy.region_names(rollout.prompts[0]))
-    row["relevance"] = relevance[0].mean(0)[:regions].tolist() if relevance else None
+    row["relevance"] = relevance[0].mean(0).tolist() if relevance else None
     row["chance"] = config.hint_regions / max(1, regions)
     row["pictures"] = [thumbnail(picture) for picture in problem.images[:1]]
     return row
@@ -1346,11 +1350,11 @@ def run(folder, task=None, steps=None):
 # -------------------------------------------------------------------------------- the Qwen models
 @dataclass
 class HFPrompt:
-    """One encoded prompt. With and without a hint, it shares the tensors of its pictures."""
+    """One encoded prompt of P tokens. With and without a hint, it shares its pictures."""
 
-    ids: list
-    pixels: torch.Tensor | None  # [patches of all pictures, values of a patch]
-    grid: torch.Tensor | None  # [pictures, 3]: frames, rows and columns of patches
+    ids: torch.Tensor  # [P]
+    positions: torch.Tensor  # [P, 3]: time, row and column, which differ in pictures only
+    pictures: dict  # pixel_values; image_grid_thw [pictures, 3]: frames, rows, columns of patches
 
 
 class HFPolicy(torch.nn.Module):
@@ -1423,185 +1427,140 @@ class HFPolicy(torch.nn.Module):
 
         Pictures stand where the question says <image>, or else come first.
         """
-        parts = f"{problem.question}\n\n{hint}".strip().split("<image>")
-        if len(parts) == 1:
-            parts = [""] * len(problem.images) + parts
-        content = []
-        for i, part in enumerate(parts):
-            if i > 0:
-                content.append({"type": "image"})
-            if part:
-                content.append({"type": "text", "text": part})
-        message = [{"role": "user", "content": content}]
+        question = f"{problem.question}\n\n{hint}".strip()
+        if "<image>" not in question:
+            question = "<image>" * len(problem.images) + question
+        question = question.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+        message = [{"role": "user", "content": [{"type": "text", "text": question}]}]
         text = self.processor.apply_chat_template(message, add_generation_prompt=True)
-        if like:
-            inputs = {"pixel_values": like.pixels, "image_grid_thw": like.grid}
-        elif problem.images:
-            inputs = self.processor.image_processor(images=problem.images, return_tensors="pt")
-        else:
-            inputs = {}
-        grid = inputs.get("image_grid_thw")
-        # The template marks a picture by one token. The model wants as many as the picture takes.
+        pictures = like.pictures if like else {}
+        if problem.images and not like:
+            pictures = self.processor.image_processor(problem.images, return_tensors="pt")
+        device = self.base.device
+        grid = pictures["image_grid_thw"].cpu() if pictures else None
+        # The text marks a picture by one token. The model wants as many as the picture takes.
         counts = [] if grid is None else (grid.prod(1) // self.merge**2).tolist()
-        mark = self.processor.tokenizer.convert_ids_to_tokens(self.image_id)
-        pieces = text.split(mark)
+        pieces = text.split("<|image_pad|>")
         if len(pieces) != len(counts) + 1:
             raise UserError(f"{len(counts)} pictures, {len(pieces) - 1} places for them: {text!r}")
         for i, count in enumerate(counts):
-            pieces[i] += mark * count
-        ids = self.processor.tokenizer("".join(pieces))["input_ids"]
-        return HFPrompt(ids, inputs.get("pixel_values"), grid)
-
-    def pack(self, prompts):
-        """Prompts, padded on the left, as inputs of the model; which tokens are real, bool [B, P];
-        and the position of the first answer token [B].
-
-        A token has three positions, [3, B, P]: time, row and column. They differ in pictures only.
-        """
-        rows = {"input_ids": [prompt.ids for prompt in prompts]}
-        padded = self.processor.tokenizer.pad(rows, padding_side="left", return_tensors="pt")
-        ids = padded["input_ids"]
-        real = padded["attention_mask"].bool()
-        pictured = [prompt for prompt in prompts if prompt.grid is not None]
-        pictures = {}
-        if pictured:
-            pictures["pixel_values"] = torch.cat([prompt.pixels for prompt in pictured])
-            pictures["image_grid_thw"] = torch.cat([prompt.grid for prompt in pictured])
+            pieces[i] += "<|image_pad|>" * count
+        ids = torch.tensor([self.processor.tokenizer("".join(pieces))["input_ids"]])
         # A picture takes as many positions as its longer side has tokens: fewer than its tokens.
-        positions, shift = self.base.model.get_rope_index(
-            ids,
-            (ids == self.image_id).long(),
-            pictures.get("image_grid_thw"),
-            attention_mask=real.long(),
-        )
-        first = real.sum(1) + shift[:, 0]
-        # A token sees the real tokens up to itself. Padding sees itself, or its row would be NaN.
-        eye = torch.eye(ids.shape[1], dtype=torch.bool)
-        causal = torch.ones_like(eye).tril() & real[:, None] | eye
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": causal[:, None]}
-        device = self.base.device
-        inputs = {name: value.to(device) for name, value in (inputs | pictures).items()}
-        return inputs, real.to(device), first.to(device)
+        kinds = (ids == self.image_id).long()
+        positions, _ = self.base.model.get_rope_index(ids, kinds, grid)  # [3, 1, P]
+        pictures = {name: value.to(device) for name, value in pictures.items()}
+        return HFPrompt(ids[0].to(device), positions[:, 0].T.to(device), pictures)
 
     @torch.no_grad()
     def sample(self, prompts, uniforms, greedy=False):
         """G answers to each prompt, ids [N, T], by uniform numbers [N, T]; then padding."""
         group = len(uniforms) // len(prompts)
         size = self.config.sample_batch // group or 1
+        noise = uniforms.to(self.base.device).split(size * group)
         answers = []
-        for start in range(0, len(prompts), size):
-            some = prompts[start : start + size]
-            noise = uniforms[start * group : (start + size) * group]
-            with self.running():
-                answers.append(self.decode(some, noise.to(self.base.device), greedy))
+        with self.running():
+            for start, some in zip(range(0, len(prompts), size), noise):
+                answers.append(self.decode(prompts[start : start + size], some, greedy))
         return torch.cat(answers)
 
     def decode(self, prompts, uniforms, greedy):
         """The same for prompts whose cache fits. They are read once, then shared by their group."""
-        head = self.head()
         N, T = uniforms.shape
-        inputs, real, first = self.pack(prompts)
+        G = N // len(prompts)
+        left = {"batch_first": True, "padding_side": "left"}
+        ids = pad_sequence([prompt.ids for prompt in prompts], **left)  # [B, P]
+        real = pad_sequence([torch.ones_like(prompt.ids) for prompt in prompts], **left)
+        positions = pad_sequence([prompt.positions for prompt in prompts], **left)  # [B, P, 3]
+        place = positions[:, -1].T.repeat_interleave(G, 1)[..., None]  # of the last token [3, N, 1]
+        visible = F.pad(real.bool(), (0, T), value=True)
+        visible = visible.repeat_interleave(G, 0)[:, None, None]  # [N, 1, 1, P + T]
+        stop = torch.tensor(self.stop_ids, device=ids.device)
+        answers = stop[0].repeat(N, T)
+        done = torch.zeros(N, dtype=torch.bool, device=ids.device)
+        head = self.head()
         cache = narrow_cache()
-        output = self.base.model(**inputs, cache=cache, use_cache=True)  # B rows
-        repeats = N // len(prompts)
-        cache.batch_repeat_interleave(repeats)
-        hidden = output.last_hidden_state[:, -1].repeat_interleave(repeats, 0)
-        first = first.repeat_interleave(repeats)
-        visible = torch.nn.functional.pad(real, (0, T), value=True)
-        visible = visible.repeat_interleave(repeats, 0)[:, None, None]  # [N, 1, 1, P + T]
-        stop = torch.tensor(self.stop_ids, device=hidden.device)
-        ids = stop[0].repeat(N, T)
-        done = torch.zeros_like(ids[:, 0], dtype=torch.bool)
+        inputs = {"input_ids": ids, "position_ids": positions.permute(2, 0, 1)}
+        inputs["attention_mask"] = real
+        pictured = [prompt.pictures for prompt in prompts if prompt.pictures]
+        for name in pictured[0] if pictured else ():
+            inputs[name] = torch.cat([pictures[name] for pictures in pictured])
         for t in range(T):
+            hidden = self.base.model(**inputs, cache=cache).last_hidden_state[:, -1]
+            if t == 0:  # so far a row for each prompt, from now on one for each answer
+                cache.batch_repeat_interleave(G)
+                hidden = hidden.repeat_interleave(G, 0)
             with torch.autocast(hidden.device.type, enabled=False):
                 logits = chunk_logits(hidden, head, self.suppress_ids)
-            ids[:, t] = torch.where(done, stop[0], pick(logits, uniforms[:, t], greedy))
-            done = done | torch.isin(ids[:, t], stop)
+            answers[:, t] = torch.where(done, stop[0], pick(logits, uniforms[:, t], greedy))
+            done = done | torch.isin(answers[:, t], stop)
             # Asking a GPU whether all are done means waiting for it, so it is asked seldom.
-            if t == T - 1 or (t % 16 == 15 and done.all()):
+            if t % 16 == 15 and done.all():
                 break
-            output = self.base.model(
-                input_ids=ids[:, t, None],
-                attention_mask=visible[..., : real.shape[1] + t + 1],
-                position_ids=(first + t)[None, :, None].expand(3, -1, -1),
-                cache=cache,
-                use_cache=True,
-            )
-            hidden = output.last_hidden_state[:, 0]
-        return ids
+            inputs = {"input_ids": answers[:, t, None], "position_ids": place + 1 + t}
+            inputs["attention_mask"] = visible[..., : ids.shape[1] + t + 1]
+        return answers
 
-    def forward(self, prompts, completion, mask=None, layers=()):
-        """Read given answers -> hidden float32 [N, T, H], attention to the regions [L, N, R].
+    def forward(self, prompts, completion, mask, layers=()):
+        """Read given answers -> hidden float32 [N, T, H], attention to the regions."""
+        G = len(completion) // len(prompts)
+        groups = zip(prompts, completion.split(G), mask.split(G))
+        hidden, attention = zip(*(self.read_group(*group, layers) for group in groups))
+        return torch.cat(hidden), [torch.stack(looks) for looks in attention if looks]
 
-        Prompt and answers of a group stand in one row, so the prompt is computed once:
+    def read_group(self, prompt, completion, mask, layers):
+        """The same for one group -> hidden [G, T, H], attention [L, G, R].
+
+        Prompt and answers stand in one row, so the prompt is computed once:
             prompt without its last token (P) | answer 1: T tokens | ... | answer G: T tokens
         Each answer begins with the last prompt token, which predicts its first token. Who sees
-        whom is told in packed_attention. Columns behind the longest answer are 0.
+        whom is told in packed_attention.
         """
-        longest = int((completion != self.stop_ids[0]).sum(1).max()) + 1  # with its end
-        padding = max(0, completion.shape[1] - longest)
-        completion = completion[:, :longest]
-        N, T = completion.shape
-        B = len(prompts)
+        width = completion.shape[1]
+        T = int(mask.any(0).nonzero().max()) + 1  # what is behind the longest answer is not read
+        P = len(prompt.ids) - 1
+        starts = prompt.ids[P:].expand(len(completion), 1)
+        answers = torch.cat([starts, completion[:, : T - 1]], 1)
+        steps = torch.arange(T, device=answers.device)
+        places = (prompt.positions[P:] + steps[:, None]).repeat(len(answers), 1)  # [G * T, 3]
+        causal = torch.ones(T, P + T, dtype=torch.bool, device=answers.device).tril(P)
+        # Layers of transformers cannot return attention, so they write it into this dict.
+        recorded = dict.fromkeys(layers)
         with self.running():
-            inputs, real, first = self.pack(prompts)
-            ids = inputs["input_ids"]
-            P = ids.shape[1] - 1
-            starts = ids[:, P:].repeat_interleave(N // B, 0)
-            answers = torch.cat([starts, completion[:, :-1]], 1).view(B, -1)
-            places = first[:, None] - 1 + torch.arange(T, device=ids.device).repeat(N // B)
-            positions = [inputs["position_ids"][..., :P], places.expand(3, -1, -1)]
-            inputs["input_ids"] = torch.cat([ids[:, :P], answers], 1)
-            inputs["position_ids"] = torch.cat(positions, 2)
-            inputs["attention_mask"] = inputs["attention_mask"][..., :P, :P]
-            past = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-            before = real[:, None, :P].repeat_interleave(N // B, 0).expand(-1, T, -1)
-            # Layers of transformers cannot return attention, so they write it into this dict.
-            recorded = dict.fromkeys(layers)
-            inputs["answer_mask"] = torch.cat([before, past.expand(N, -1, -1)], 2)[:, None]
-            inputs["token_mask"] = None if mask is None else mask[:, :T]
-            output = self.base.model(**inputs, recorded=recorded, use_cache=False)
-        hidden = output.last_hidden_state[:, P:].reshape(N, T, -1).float()
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
-        attention = None
-        if layers:
-            attention = self.by_region(prompts, torch.stack(list(recorded.values())))
-        return hidden, attention
+            output = self.base.model(
+                input_ids=torch.cat([prompt.ids[:P], answers.flatten()])[None],
+                position_ids=torch.cat([prompt.positions[:P], places]).T[:, None],
+                attention_mask=causal[None, None],
+                token_mask=mask[:, :T],
+                recorded=recorded,
+                use_cache=False,
+                **prompt.pictures,
+            )
+        hidden = output.last_hidden_state[0, P:].unflatten(0, answers.shape).float()
+        hidden = F.pad(hidden, (0, 0, 0, width - T))
+        return hidden, [self.by_region(prompt, attention) for attention in recorded.values()]
 
     def region_names(self, prompt):
         """Nine places a picture, with the number of the picture if there are several."""
-        count = 0 if prompt.grid is None else len(prompt.grid)
+        count = len(prompt.pictures.get("image_grid_thw", ()))
         if count < 2:
             return PLACES * count
         return [f"picture {i + 1}: {place}" for i in range(count) for place in PLACES]
 
-    def by_region(self, prompts, attention):
-        """Attention to prompt tokens [L, N, P] -> mean attention in each region [L, N, R]."""
-        P = attention.shape[-1]
-        R = max(len(self.region_names(prompt)) for prompt in prompts)
-        regions = attention.new_zeros(len(prompts), P, R)  # weights
-        for b, prompt in enumerate(prompts):
-            ids = torch.tensor(prompt.ids)
-            columns = (ids == self.image_id).nonzero()[:, 0] + P + 1 - len(ids)
-            start = 0
-            grid = [] if prompt.grid is None else prompt.grid // self.merge
-            for i, (_, *sides) in enumerate(grid):
-                # Which third of its side holds the centre (j + 1/2) / side of token j?
-                row, column = [(6 * torch.arange(side) + 3) // (2 * side) for side in sides]
-                place = (9 * i + 3 * row[:, None] + column).flatten()
-                regions[b, columns[start : start + len(place)], place] = 1
-                start += len(place)
-        regions = regions / regions.sum(1, keepdim=True).clamp_min(1)
-        groups = attention.unflatten(1, (len(prompts), -1))
-        return torch.einsum("lbgp,bpr->lbgr", groups, regions).flatten(1, 2)
-
-
-def pick(logits, uniforms, greedy):
-    """Tokens [N]: the likeliest, or the first whose cumulative probability exceeds u [N]."""
-    if greedy:
-        return logits.argmax(-1)
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
+    def by_region(self, prompt, attention):
+        """Attention to prompt tokens [G, P] -> mean attention in each region [G, R]."""
+        if not prompt.pictures:
+            return attention[:, :0]
+        regions = []  # of each image token
+        nine = torch.arange(9.0).view(1, 1, 3, 3)
+        grid = prompt.pictures["image_grid_thw"] // self.merge
+        for i, (_, *sides) in enumerate(grid.tolist()):
+            # A token belongs to the ninth of the picture that holds its centre.
+            ninths = F.interpolate(nine, sides, mode="nearest-exact")
+            regions.append(9 * i + ninths.flatten().long())
+        weights = F.one_hot(torch.cat(regions), 9 * len(regions)).to(attention)
+        weights /= weights.sum(0).clamp_min(1)
+        return attention[:, prompt.ids[:-1] == self.image_id] @ weights
 
 
 def narrow_cache():
@@ -1615,60 +1574,54 @@ def narrow_cache():
     return Cache()
 
 
-def packed_attention(module, query, key, value, mask, scaling=None, **packed):
+def packed_attention(module, query, key, value, mask, scaling=None, recorded=None, **packed):
     """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T tokens of answer G.
 
-    mask [B, 1, P, P]: the prompt sees itself. answer_mask [N, 1, T, P + T]: an answer sees the
-    prompt and its own past, and no other answer. These are two calls, not one with a block mask:
-    there is no mask over the whole row, and no work on pairs that do not see each other.
+    The prompt sees itself. An answer sees the prompt and its own past, and no other answer, as
+    told by mask [1, 1, T, P + T]. These are two calls, not one with a block mask: there is no mask
+    over the whole row, and no work on pairs that do not see each other.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    attend = partial(ALL_ATTENTION_FUNCTIONS["sdpa"], module, scaling=scaling)
     query = query.to(value.dtype)
     key = key.to(value.dtype)
-    answer_mask = packed.get("answer_mask")
-    if answer_mask is None:  # sampling: one answer a row
-        return attend(module, query, key, value, mask, scaling=scaling)
-    P = mask.shape[-1]
-    G = len(answer_mask) // len(query)
+    if recorded is None:  # sampling: one answer a row
+        return attend(query, key, value, mask)
+    T = mask.shape[2]
+    P = mask.shape[3] - T
 
     def by_answer(x):
-        """The answers [B, heads, G*T, D] as rows of their own [N, heads, T, D]."""
-        return x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
-
-    def with_prompt(x):
-        """The same with the prompt in front [N, heads, P + T, D]."""
-        return torch.cat([x[:, :, :P].repeat_interleave(G, 0), by_answer(x)], 2)
+        """The answers [1, heads, G*T, D] as rows of their own [G, heads, T, D]."""
+        return x[0, :, P:].unflatten(1, (-1, T)).transpose(0, 1)
 
     # Every answer becomes a row of its own, with the keys of its prompt before its own.
     q = by_answer(query)
-    k = with_prompt(key)
-    v = with_prompt(value)
-    if module.layer_idx in packed["recorded"]:
-        read = read_attention(q, k, answer_mask, packed["token_mask"], scaling)
-        packed["recorded"][module.layer_idx] = read
-    prompt = [x[:, :, :P] for x in (query, key, value)]
-    prompt = attend(module, *prompt, mask, scaling=scaling)[0]
-    answers = attend(module, q, k, v, answer_mask, scaling=scaling)[0]  # [N, T, heads, D]
-    return torch.cat([prompt, answers.unflatten(0, (-1, G)).flatten(1, 2)], 1), None
+    k = torch.cat([key[:, :, :P].expand(len(q), -1, -1, -1), by_answer(key)], 2)
+    v = torch.cat([value[:, :, :P].expand(len(q), -1, -1, -1), by_answer(value)], 2)
+    if module.layer_idx in recorded:
+        looks = read_attention(q, k, mask, packed["token_mask"], scaling)
+        recorded[module.layer_idx] = looks
+    prompt, _ = attend(query[:, :, :P], key[:, :, :P], value[:, :, :P], None)  # causal
+    answers, _ = attend(q, k, v, mask)  # [G, T, heads, D]
+    return torch.cat([prompt, answers.flatten(0, 1)[None]], 1), None
 
 
 @torch.no_grad()
-def read_attention(query, key, answer_mask, token_mask, scaling):
-    """Attention to the prompt, mean over heads and over the tokens in token_mask, float32 [N, P].
+def read_attention(query, key, mask, token_mask, scaling):
+    """Attention to the prompt, mean over heads and over the tokens in token_mask, float32 [G, P].
 
     Fast attention never shows its weights, so softmax(q k' scaling) is computed once more, one
     answer at a time to save memory.
     """
     rows = []
     with torch.autocast(query.device.type, enabled=False):
-        for q, k, visible, tokens in zip(query, key, answer_mask, token_mask.float()):
+        for q, k, tokens in zip(query, key, token_mask.float()):
             heads = q.float().unflatten(0, (len(k), -1))  # grouped by the keys they share
             scores = torch.einsum("khtd,ksd->khts", heads, k.float()) * scaling
-            weights = scores.masked_fill(~visible, -math.inf).softmax(-1).mean((0, 1))
+            weights = scores.masked_fill(~mask[0], -math.inf).softmax(-1).mean((0, 1))
             rows.append(tokens @ weights / tokens.sum().clamp_min(1))
-    return torch.stack(rows)[:, : -token_mask.shape[1]]
+    return torch.stack(rows)[:, : -mask.shape[2]]
 
 
 def load_model(config, dtype):
@@ -1680,24 +1633,23 @@ def load_model(config, dtype):
         return open_model(config, name, dtype)
     except torch.OutOfMemoryError:
         raise
-    except ImportError as error:
-        mend = f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else "mend it"
-        raise UserError(f"--model {name}: {error}; {mend}") from error
     except Exception as error:  # a broken folder can fail in a dozen ways
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model {name}: {reason}; give a folder or a hub name") from error
+        mend = "give a folder or a hub name"
+        if isinstance(error, ModuleNotFoundError):
+            mend = f"pip install {error.name}"
+        raise UserError(f"--model {name}: {error!s:.300}; {mend}") from error
 
 
 def open_model(config, name, dtype):
     """Processor (of pictures alone) and model; what learns is float32, all else `dtype`."""
     import transformers as hf
+    from transformers.masking_utils import sdpa_mask
 
     class PictureProcessor(hf.ProcessorMixin):  # AutoProcessor wants torchvision, for videos
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
             super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    major, minor, *_ = hf.__version__.split(".")
-    if (int(major), int(minor)) < (5, 24):
+    if tuple(map(int, hf.__version__.split(".")[:2])) < (5, 24):
         raise ImportError(f"transformers {hf.__version__} is too old, pip install -U transformers")
     hf.logging.disable_progress_bar()
     settings = hf.AutoConfig.from_pretrained(name)
@@ -1706,7 +1658,7 @@ def open_model(config, name, dtype):
     processor = PictureProcessor.from_pretrained(name)
     if not processor.chat_template:
         raise ValueError("no chat template, take an instruction-tuned model")
-    if not processor.tokenizer.convert_ids_to_tokens(settings.image_token_id):
+    if processor.tokenizer.convert_tokens_to_ids("<|image_pad|>") != settings.image_token_id:
         raise ValueError("the tokenizer lacks the picture token, take the model's own")
     size = processor.image_processor.size
     size["longest_edge"] = config.max_pixels or 2**40
@@ -1717,6 +1669,7 @@ def open_model(config, name, dtype):
     weights = dtype if config.lora else torch.float32
     model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype=weights)
     hf.AttentionInterface.register("packed", packed_attention)
+    hf.AttentionMaskInterface.register("packed", sdpa_mask)
     model.set_attn_implementation({"text_config": "packed"})
     model.model.visual.requires_grad_(config.train_vision)
     base = model

@@ -162,10 +162,7 @@ class TinyVLM(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts, uniforms, greedy=False):
-        """G answers to each prompt, ids [N, T], by uniform numbers [N, T].
-
-        A token is the first word whose cumulative probability reaches u.
-        """
+        """G answers to each prompt, ids [N, T], by uniform numbers [N, T]."""
         N, T = uniforms.shape
         repeats = N // len(prompts)
         hidden, pasts, _, visible, lengths = self.prefix(prompts)
@@ -176,11 +173,7 @@ class TinyVLM(nn.Module):
         ids = torch.zeros(N, T, dtype=torch.long)
         running = torch.ones(N, dtype=torch.bool)
         for t in range(T):
-            logits = (hidden[:, 0] @ self.head_weight.T).double()
-            token = logits.argmax(-1)
-            if not greedy:
-                below = logits.softmax(-1).cumsum(-1) < uniforms[:, t, None]
-                token = below.sum(-1).clamp_max(len(self.words) - 1)
+            token = pick(hidden[:, 0] @ self.head_weight.T, uniforms[:, t], greedy)
             ids[:, t] = token * running  # behind its end an answer is padded with 0
             running = running & (token != 0)
             if t == T - 1 or not running.any():
@@ -192,8 +185,8 @@ class TinyVLM(nn.Module):
             hidden = self.norm(x)
         return ids
 
-    def forward(self, prompts, completion, mask=None, layers=()):
-        """Read given answers -> hidden [N, T, H], attention to the patches [L, N, R].
+    def forward(self, prompts, completion, mask, layers=()):
+        """Read given answers -> hidden [N, T, H], attention to the patches [B] of [L, G, R].
 
         hidden[:, t] predicts token t. The attention is a mean over heads and the tokens in mask.
         """
@@ -218,7 +211,16 @@ class TinyVLM(nn.Module):
                 weights = mask / mask.sum(1, keepdim=True)
                 looks.append((to_patches * weights[..., None]).sum(1))
         hidden = torch.cat([hidden, self.norm(x)], 1)
-        return hidden, torch.stack(looks) if looks else None
+        return hidden, torch.stack(looks).split(repeats, 1) if looks else []
+
+
+def pick(logits, uniforms, greedy):
+    """Tokens [N]: the likeliest, or the first whose cumulative probability exceeds u [N]."""
+    if greedy:
+        return logits.argmax(-1)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    below = cumulative <= uniforms[:, None] * cumulative[:, -1:]
+    return below.sum(-1).clamp_max(logits.shape[-1] - 1)  # rounding may not point beyond the last
 
 
 def repeat(pasts, times):

@@ -104,7 +104,7 @@ def tell_answer(policy, ref, group, advantages, distill, teacher, weights, confi
     """The first failed answer token by token: what student and teacher would say next."""
     g = distill.tolist().index(True)
     mask = group.mask[g]
-    hidden = policy.forward(group.prompts, group.completion)[0][g][mask]
+    hidden = policy.forward(group.prompts, group.completion, group.mask)[0][g][mask]
     student = ptdpo.chunk_logits(hidden, policy.head(), policy.suppress_ids)
     # The teacher's states are those of all failed answers, one behind the other.
     tutored = ptdpo.chunk_logits(teacher[: len(hidden)], ref.head(), policy.suppress_ids)

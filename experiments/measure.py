@@ -91,7 +91,7 @@ def jsd_of_failed(policy, rollout, hints, config):
     failed = ~rollout.solved
     teacher = ptdpo.read_teacher(policy, rollout, hints, failed, config)
     teacher = torch.cat([states for states in teacher if states is not None])
-    hidden, _ = policy.forward(rollout.prompts, rollout.completion)
+    hidden, _ = policy.forward(rollout.prompts, rollout.completion, rollout.mask)
     hidden = hidden[rollout.mask & failed[:, None]]
     head = policy.head().T
     return ptdpo.topk_jsd(hidden @ head, teacher @ head, config.top_k).round(decimals=6)

@@ -79,7 +79,7 @@ def answer_loss(policy, lessons):
     longest = max(map(len, answers))
     ids = torch.tensor([answer + [end] * (longest - len(answer)) for answer in answers])  # [N, T]
     mask = torch.arange(longest) < torch.tensor([[len(answer)] for answer in answers])
-    hidden, _ = policy(prompts, ids)
+    hidden, _ = policy(prompts, ids, mask)
     logp = (hidden @ policy.head_weight.T).log_softmax(-1)
     return -logp.gather(-1, ids[..., None])[..., 0][mask].mean()
 

@@ -79,6 +79,11 @@ def answers(policy, prompts):
     return policy.sample(prompts, uniforms(4 * G), False)
 
 
+def forward(policy, prompts, answers):
+    """Hidden states of all columns."""
+    return policy.forward(prompts, answers, torch.ones_like(answers))[0]
+
+
 def mask_of(policy, answers):
     """Tokens up to the first that ends an answer, which is included."""
     stop = torch.isin(answers, torch.tensor(policy.stop_ids))
@@ -92,9 +97,7 @@ def each_alone(plain, policy, prompts, answers, **more):
         ids = torch.tensor([[*prompt.ids, *answer[:-1]]])
         inputs = {"input_ids": ids, "mm_token_type_ids": (ids == policy.image_id).long()}
         plain.model.rope_deltas = None  # transformers remembers those of the last picture
-        if prompt.grid is not None:
-            inputs |= {"pixel_values": prompt.pixels, "image_grid_thw": prompt.grid}
-        yield prompt, plain(**inputs, output_hidden_states=True, **more)
+        yield prompt, plain(**inputs, **prompt.pictures, output_hidden_states=True, **more)
 
 
 def expected_hidden(plain, policy, prompts, answers):
@@ -121,13 +124,14 @@ def test_prompts(folder, policy, prompts):
         counts = []
         if problem.images:
             expected = pixels(images=problem.images, return_tensors="pt")
-            assert torch.equal(prompt.pixels, expected["pixel_values"])
-            assert torch.equal(prompt.grid, expected["image_grid_thw"])
-            counts = (prompt.grid.prod(1) // 4).tolist()  # two patches by two are a token
+            assert prompt.pictures.keys() == expected.keys()
+            assert all(torch.equal(prompt.pictures[name], expected[name]) for name in expected)
+            # Two patches by two are a token.
+            counts = (expected["image_grid_thw"].prod(1) // 4).tolist()
         text = question.format(*("<|image_pad|>" * count for count in counts))
         chat = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-        assert prompt.ids == tokenizer(chat)["input_ids"]
-    assert prompt.pixels is None and prompt.grid is None
+        assert prompt.ids.tolist() == tokenizer(chat)["input_ids"]
+    assert not prompt.pictures
     assert policy.region_names(prompts[0]) == PLACES and policy.region_names(prompt) == []
     assert "torchvision" not in sys.modules
 
@@ -138,7 +142,8 @@ def test_the_teacher_sees_the_pixels_of_the_student(policy, prompts, monkeypatch
     hint = "\n\nLook closely at: centre."
     for problem, student in zip(PROBLEMS, prompts):
         teacher = policy.encode(problem, hint.strip(), student)
-        assert teacher.pixels is student.pixels and teacher.grid is student.grid
+        assert teacher.pictures.keys() == student.pictures.keys()
+        assert all(teacher.pictures[name] is student.pictures[name] for name in student.pictures)
         text = policy.processor.tokenizer.decode(teacher.ids)
         assert text.count(hint) == 1
         assert text.replace(hint, "") == policy.processor.tokenizer.decode(student.ids)
@@ -157,7 +162,8 @@ def test_max_pixels(folder, policy):
     small = Problem([picture(40, 40, 0)], "?", "1")
 
     def pixels(problem, limit):
-        patches = load(folder, max_pixels=limit).encode(problem).grid.prod()
+        grid = load(folder, max_pixels=limit).encode(problem).pictures["image_grid_thw"]
+        patches = grid.prod()
         return int(patches) * policy.processor.image_processor.patch_size**2
 
     assert 1000 < pixels(large, 56 * 56 - 1) < 56 * 56
@@ -173,19 +179,20 @@ def test_painted_places(policy, size):
     clean = policy.encode(Problem([blank, blank], "?", "1"))
     names = policy.region_names(clean)
     assert names == [f"picture {i}: {place}" for i in (1, 2) for place in PLACES]
-    columns = torch.tensor(clean.ids[:-1]) == policy.image_id
-    assert torch.allclose(policy.by_region([clean], columns.float()[None, None]), torch.ones(18))
+    columns = clean.ids[:-1] == policy.image_id
+    assert torch.allclose(policy.by_region(clean, columns.float()[None]), torch.ones(18))
     for region in range(18):
         pictures = [blank.copy(), blank.copy()]
         x = (region % 3 + 0.5) / 3 * size[0]
         y = (region % 9 // 3 + 0.5) / 3 * size[1]
         pen = ImageDraw.Draw(pictures[region // 9])
         pen.rectangle([x - 8, y - 8, x + 8, y + 8], fill="white")
-        change = policy.encode(Problem(pictures, "?", "1")).pixels - clean.pixels
+        painted = policy.encode(Problem(pictures, "?", "1"))
+        change = painted.pictures["pixel_values"] - clean.pictures["pixel_values"]
         # The patches of a token follow each other.
         weights = change.abs().sum(1).view(-1, policy.merge**2).sum(1)
         attention = torch.zeros(len(columns)).masked_scatter(columns, weights)
-        found = policy.by_region([clean], attention[None, None]).flatten()
+        found = policy.by_region(clean, attention[None])[0]
         assert found.argmax() == region and found.max() > 0.8 * found.sum(), names[region]
 
 
@@ -235,9 +242,9 @@ def test_parts_and_the_order_of_prompts_change_nothing(policy, prompts, answers,
 # ----------------------------------------------------------------------------------- forward pass
 def test_packed_row_equals_one_row_an_answer(policy, plain, prompts, answers):
     """Hidden states, log-probs and the gradients of all parameters."""
-    hidden, attention = policy.forward(prompts, answers)
+    hidden, attention = policy.forward(prompts, answers, torch.ones_like(answers))
     expected = expected_hidden(plain, policy, prompts, answers)
-    assert attention is None and hidden.dtype == torch.float32
+    assert attention == [] and hidden.dtype == torch.float32
     assert (hidden - expected).abs().max() < 1e-5
     mask = mask_of(policy, answers)
     groups = SimpleNamespace(completion=answers, mask=mask)
@@ -264,16 +271,18 @@ def test_columns_behind_the_longest_answer_cost_nothing(policy, prompts, answers
     mask = torch.ones_like(answers)
     padding = torch.full((4 * G, 5), policy.stop_ids[0])
     rows = []
+    zeros = 0 * padding
     hook = policy.base.model.register_forward_hook(lambda m, i, out: rows.append(out[0].shape[1]))
     with torch.no_grad():
-        first, _ = policy.forward(prompts, answers[:, :1])
+        first = forward(policy, prompts, answers[:, :1])
         short, looks = policy.forward(prompts, answers, mask, [1])
         wide = torch.cat([answers, padding], 1)
-        long, same = policy.forward(prompts, wide, torch.cat([mask, 0 * padding], 1), [1])
+        long, same = policy.forward(prompts, wide, torch.cat([mask, zeros], 1), [1])
     hook.remove()
-    assert (long[:, :T] - short).abs().max() < 1e-5 and (long[:, T + 1 :] == 0).all()
-    assert torch.allclose(looks, same, atol=1e-6) and torch.allclose(first, short[:, :1], atol=1e-5)
-    assert rows[2] - rows[1] <= G  # at most the column of an end that did not fit before
+    assert (long[:, :T] - short).abs().max() < 1e-5 and (long[:, T:] == 0).all()
+    assert torch.allclose(torch.cat(looks[:3], 2), torch.cat(same[:3], 2), atol=1e-6)
+    assert torch.allclose(first, short[:, :1], atol=1e-5)
+    assert rows[4:8] == rows[8:]  # of four prompts each
 
 
 def test_recorded_attention_equals_eager_attention(policy, plain, prompts, answers):
@@ -281,7 +290,7 @@ def test_recorded_attention_equals_eager_attention(policy, plain, prompts, answe
     mask = torch.rand(answers.shape, generator=torch.Generator().manual_seed(2)) < 0.6
     mask[:, 0] = True
     with torch.no_grad():
-        before, _ = policy.forward(prompts, answers)
+        before, _ = policy.forward(prompts, answers, mask)
         hidden, attention = policy.forward(prompts, answers, mask, [2, 0])
         plain.set_attn_implementation({"text_config": "eager"})
         rows = each_alone(plain, policy, prompts[:3], answers[: 3 * G], output_attentions=True)
@@ -289,12 +298,12 @@ def test_recorded_attention_equals_eager_attention(policy, plain, prompts, answe
             for k, layer in enumerate((2, 0)):
                 maps = output.attentions[layer][0].mean(0)[len(prompt.ids) - 1 :]
                 to_prompt = maps[mask[n]].mean(0)[: len(prompt.ids) - 1]
-                expected = policy.by_region([prompt], to_prompt[None, None]).flatten()
-                assert (attention[k, n, : len(expected)] - expected).abs().max() < 1e-6
+                expected = policy.by_region(prompt, to_prompt[None])[0]
+                assert (attention[n // G][k, n % G] - expected).abs().max() < 1e-6
         plain.set_attn_implementation({"text_config": "sdpa"})
     assert torch.equal(before, hidden)  # to look changes nothing
-    assert attention[:, : 3 * G].amax(-1).min() > 1e-4
-    assert (attention[:, 3 * G :] == 0).all()  # no picture, no region
+    assert min(looks.amax(-1).min() for looks in attention[:3]) > 1e-4
+    assert attention[3].shape == (2, G, 0)  # no picture, no region
 
 
 # ------------------------------------------------------------------------ what learns, what stays
@@ -304,12 +313,12 @@ def test_the_reference_is_a_frozen_copy(policy, prompts, answers):
     assert not any(p.requires_grad for p in ref.parameters())
     weight = policy.base.model.language_model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
-        before = ref.forward(prompts, answers)[0]
+        before = forward(ref, prompts, answers)
         weight.mul_(0.5)
-        moved = policy.forward(prompts, answers)[0]
-        after = ref.forward(prompts, answers)[0]
+        moved = forward(policy, prompts, answers)
+        after = forward(ref, prompts, answers)
         weight.mul_(2)
-        assert torch.equal(before, policy.forward(prompts, answers)[0])
+        assert torch.equal(before, forward(policy, prompts, answers))
     assert torch.equal(before, after) and not torch.allclose(before, moved)
 
 
@@ -322,13 +331,13 @@ def test_with_adapters_the_reference_is_the_model_without_them(folder, prompts, 
     assert all(".lora_" in name and "language_model" in name for name in learned)
     assert len(learned) == 2 * 7 * lora.num_layers and ref.model is lora.model
     with torch.no_grad():
-        start = plain.forward(prompts, answers)[0]
-        assert torch.equal(start, lora.forward(prompts, answers)[0])
+        start = forward(plain, prompts, answers)
+        assert torch.equal(start, forward(lora, prompts, answers))
         for p in learned.values():
             p.add_(0.05)
-    hidden, _ = lora.forward(prompts, answers)
+    hidden = forward(lora, prompts, answers)
     with torch.no_grad():
-        assert torch.equal(start, ref.forward(prompts, answers)[0])
+        assert torch.equal(start, forward(ref, prompts, answers))
     assert not torch.allclose(start, hidden)
     hidden.mean().backward()
     assert all(p.grad is not None for p in learned.values())
@@ -347,8 +356,8 @@ def test_checkpointing_changes_nothing(folder, prompts, answers, rank):
         layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         assert torch.equal(policy.sample(prompts, uniforms(12), False), answers)
         calls.clear()
-        policy.forward(prompts, answers)[0].square().mean().backward()
-        assert len(calls) == 1 + on
+        forward(policy, prompts, answers).square().mean().backward()
+        assert len(calls) == 4 * (1 + on)  # a row for each prompt
         gradients.append({n: p.grad for n, p in policy.named_parameters()})
     for name, first in gradients[0].items():
         assert (first is None) == (gradients[1][name] is None), name
@@ -359,7 +368,7 @@ def test_the_vision_tower_learns_if_it_is_told_to(folder, prompts, answers):
     """Otherwise it has no gradient, and no optimizer state."""
     for train_vision in (False, True):
         policy = load(folder, train_vision=train_vision)
-        policy.forward(prompts, answers)[0].mean().backward()
+        forward(policy, prompts, answers).mean().backward()
         found = {}
         for name, p in policy.base.model.named_parameters():
             found.setdefault(name.split(".")[0], set()).add(p.grad is not None)
@@ -448,8 +457,10 @@ def test_precisions(folder, prompts, answers, monkeypatch, rank):
     assert attended == {narrow} and logits == {((4, V), torch.float32)}
     assert {(x.keys.dtype, x.values.dtype) for x in cache.layers} == {(narrow, narrow)}
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-    assert {x.dtype for x in (hidden, looks, *gradients)} == {torch.float32}
-    assert torch.equal(hidden, again) and torch.equal(looks, looks_again)  # the KL begins at 0
+    assert {x.dtype for x in (hidden, *looks, *gradients)} == {torch.float32}
+    assert torch.equal(hidden, again) and all(
+        map(torch.equal, looks, looks_again)
+    )  # the KL begins at 0
 
 
 def test_products_keep_the_digits_of_logits():

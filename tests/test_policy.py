@@ -39,9 +39,10 @@ def test_forward_equals_a_plain_model(policy, prompts):
         answer = ids[n][mask[n]].tolist()
         plain, attention = plain_forward(policy, prompts[n // 4], answer)
         assert torch.allclose(hidden[n, : len(answer)], plain, atol=2e-5)
-        assert torch.allclose(looks[:, n], attention.mean(1), atol=1e-6)
-    assert policy.forward(prompts, ids)[1] is None
-    assert torch.allclose(policy.forward(prompts, ids, mask, [1])[1][0], looks[1], atol=1e-7)
+        assert torch.allclose(looks[n // 4][:, n % 4], attention.mean(1), atol=1e-6)
+    assert policy.forward(prompts, ids, mask)[1] == []
+    _, alone = policy.forward(prompts, ids, mask, [1])
+    assert torch.allclose(torch.cat(alone), torch.stack([look[1] for look in looks]), atol=1e-7)
     first, _ = policy.forward(prompts, ids[:, :1], mask[:, :1], [0])  # answers of one token
     assert torch.allclose(first, hidden[:, :1], atol=2e-5)
 
@@ -49,11 +50,11 @@ def test_forward_equals_a_plain_model(policy, prompts):
 def test_sampling_and_training_have_one_distribution(policy, prompts):
     """Greedy: the argmax of the forward pass. Sampled: the inverse of its cumulative sum."""
     ids, mask, noise = answers(policy, prompts, 4, seed=3)
-    p = (policy.forward(prompts, ids)[0] @ policy.head_weight.T).double().softmax(-1)
+    p = (policy.forward(prompts, ids, mask)[0] @ policy.head_weight.T).double().softmax(-1)
     assert torch.equal((p.cumsum(-1) < noise[..., None]).sum(-1)[mask], ids[mask])
     ids = policy.sample(prompts, noise[:3], True)
     mask = until_end(ids)
-    best = (policy.forward(prompts, ids)[0] @ policy.head_weight.T).argmax(-1)
+    best = (policy.forward(prompts, ids, mask)[0] @ policy.head_weight.T).argmax(-1)
     assert torch.equal(best[mask], ids[mask])
     assert (ids[~mask] == 0).all()
     # Rounding of the last cumulative probability must not point beyond the last word.
@@ -110,8 +111,8 @@ def test_frozen_copy_never_learns(policy, prompts):
     ref = policy.frozen_copy()
     assert not any(p.requires_grad for p in ref.parameters())
     assert 0.4e6 < sum(p.numel() for p in ref.parameters()) < 0.75e6
-    ids, _, _ = answers(policy, prompts, 2)
-    before = policy.forward(prompts, ids)[0].detach()
-    assert torch.equal(ref.forward(prompts, ids)[0], before)
+    ids, mask, _ = answers(policy, prompts, 2)
+    before = policy.forward(prompts, ids, mask)[0].detach()
+    assert torch.equal(ref.forward(prompts, ids, mask)[0], before)
     shaken(policy, 9)
-    assert torch.equal(ref.forward(prompts, ids)[0], before)
+    assert torch.equal(ref.forward(prompts, ids, mask)[0], before)

@@ -221,9 +221,9 @@ def test_teacher_reads_the_same_picture_and_ids_with_the_hint(
     calls = []
     plain = ref.forward
 
-    def forward(prompts, completion):
+    def forward(prompts, completion, mask):
         calls.append((prompts, completion))
-        return plain(prompts, completion)
+        return plain(prompts, completion, mask)
 
     monkeypatch.setattr(ref, "forward", forward)
     teacher = ptdpo.read_teacher(ref, rollout, hints, batch.distill, c)
@@ -243,7 +243,7 @@ def test_teacher_reads_the_same_picture_and_ids_with_the_hint(
 # ----------------------------------------------------------------------------------------- update
 def textbook(policy, ref, rollout, hints, batch, config):
     """The loss of a batch as it stands in the papers, in one graph -> loss, JSD [N, T]."""
-    hidden, _ = policy.forward(batch.prompts, batch.completion)
+    hidden, _ = policy.forward(batch.prompts, batch.completion, batch.mask)
     z = hidden @ policy.head_weight.T
     logp = z.log_softmax(-1).gather(-1, batch.completion[..., None])[..., 0]
     old = logp.detach() if batch.logp_old is None else batch.logp_old
@@ -262,7 +262,7 @@ def textbook(policy, ref, rollout, hints, batch, config):
     d = batch.logp_ref - logp
     kl = rho * (d.exp() - d - 1) * batch.kl_on[:, None]
     prompts = [ref.encode(p, h.text) for p, h in zip(rollout.problems, hints)]
-    teacher, _ = ref.forward(prompts, batch.completion)
+    teacher, _ = ref.forward(prompts, batch.completion, batch.mask)
     distilled = mask * batch.distill[:, None]
     jsd = ptdpo.topk_jsd(z, teacher @ ref.head_weight.T, config.top_k) * distilled
     loss = (share * (config.policy_weight * policy_term + config.kl_weight * kl)).sum()
