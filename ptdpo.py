@@ -108,7 +108,7 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
     # 2. Each reward is compared with the mean of its group.
     advantages = group_advantages(rollout.rewards, config.group)
     # 3. The frozen reference reads the answers: log-probs for the KL, and where it looked.
-    logp_ref, relevance = read_reference(ref, rollout, layers, config)
+    logp_ref, relevance = read_answers(ref, rollout, layers, config)
     hints = []
     distill = torch.zeros_like(rollout.solved)
     teacher = [None] * len(problems)
@@ -293,21 +293,21 @@ def group_advantages(rewards, group_size):
 
 # ------------------------------------------------------------------------ reference and attention
 @torch.no_grad()
-def read_reference(ref, rollout, layers, config):
-    """The frozen reference reads all answers once -> logp_ref [N, T], relevance [B] of [L, R].
+def read_answers(model, groups, layers, config):
+    """A model, mostly the frozen reference, reads answers -> logp [N, T], relevance [B] of [L, R].
 
     The relevance of a region is the attention of the positions that predict answer tokens, a mean
     over heads, tokens and the G answers. A mean over the solved answers alone would let the
     grades into the hint. Empty without layers.
     """
-    logp_ref = []
+    logp = []
     relevance = []
-    for part in rollout.split(config.micro_batch):
+    for part in groups.split(config.micro_batch):
         # One pass gives both: the answers are known, so all of their tokens are read at once.
-        hidden, attention = ref.forward(part.prompts, part.completion, part.mask, layers)
-        logp_ref.append(completion_logp(ref, hidden, part))
+        hidden, attention = model.forward(part.prompts, part.completion, part.mask, layers)
+        logp.append(completion_logp(model, hidden, part))
         relevance += [by_answer.mean(1).cpu() for by_answer in attention]
-    return torch.cat(logp_ref), relevance
+    return torch.cat(logp), relevance
 
 
 @torch.no_grad()
@@ -590,7 +590,8 @@ def update(policy, ref, optimizer, batch, config, step):
         distill_weight *= 1 - (step - 1) / config.steps
     if config.updates_per_batch > 1:
         # After the first update the policy is no longer the one that sampled.
-        batch = replace(batch, logp_old=current_logp(policy, batch, config))
+        logp_old, _ = read_answers(policy, batch, (), config)
+        batch = replace(batch, logp_old=logp_old)
     learned = [p for p in policy.parameters() if p.requires_grad]
     values = []
     norms = []
@@ -612,16 +613,6 @@ def update(policy, ref, optimizer, batch, config, step):
     names = ("logp", "entropy", "kl", "jsd")
     by_name = dict(zip(names, torch.cat(values).unbind(-1)))
     return by_name, mean_of_all(norms), skipped
-
-
-@torch.no_grad()
-def current_logp(policy, batch, config):
-    """Log-probs of all answer tokens under the policy as it is [N, T]."""
-    logp = []
-    for part in batch.split(config.micro_batch):
-        hidden, _ = policy.forward(part.prompts, part.completion, part.mask)
-        logp.append(completion_logp(policy, hidden, part))
-    return torch.cat(logp)
 
 
 def backward(policy, ref, part, config):
@@ -886,7 +877,7 @@ def calibrate(ref, task, config):
     """
     problems = pose(task, "calibration", config.seed, 0, CALIBRATION)
     rollout = sample_and_grade(ref, task, problems, config.group, ("calibration", config.seed))
-    _, relevance = read_reference(ref, rollout, range(ref.num_layers), config)
+    _, relevance = read_answers(ref, rollout, range(ref.num_layers), config)
     rows = []
     for problem, by_layer in zip(problems, relevance):
         best = by_layer.topk(min(config.hint_regions, by_layer.shape[-1])).indices.tolist()
@@ -912,7 +903,7 @@ def evaluate(policy, task, config, layers=()):
         if layers:
             key = ("tutored", start)
             rollout = sample_and_grade(policy, task, problems, config.group, key)
-            _, relevance = read_reference(policy, rollout, layers, config)
+            _, relevance = read_answers(policy, rollout, layers, config)
             built = build_hints(policy, task, rollout, relevance, config, key)
             hints = [hint.text for hint in built]
         rollout = sample_and_grade(policy, task, problems, 1, ("greedy",), greedy=True, hints=hints)
@@ -1266,13 +1257,6 @@ def locked(folder):
         except BlockingIOError:
             raise UserError(f"{folder}: another process trains it; wait, or change --out") from None
         yield
-
-
-def refuse_old_runs(folders):
-    """UserError if a folder holds a run."""
-    for folder in folders:
-        if (folder / "run.json").exists():
-            raise UserError(f"{folder} holds a run: --resume it, --overwrite it, or change --out")
 
 
 def create_run(config, folder):
@@ -1795,21 +1779,26 @@ def create_runs(given):
     if "toy" in given:
         load_policy(configs[0], task)
     out = given.get("out", Path("runs") / Path(given.get("model", "toy")).name)
+    folders = [out / name for name in methods]
     if RANK == 0:
-        if "overwrite" not in given:
-            refuse_old_runs([out / name for name in methods])
-        for config in configs:
-            create_run(config, out / config.method)
-    return [out / name for name in methods], task
+        for folder in folders:
+            if (folder / "run.json").exists() and "overwrite" not in given:
+                raise UserError(
+                    f"{folder} holds a run: --resume or --overwrite it, or change --out"
+                )
+        for config, folder in zip(configs, folders):
+            create_run(config, folder)
+    return folders, task
 
 
 def side_by_side(folders, steps):
     """All runs at once, a process each. Signals are passed on. SystemExit if a run failed."""
     context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=in_child, args=(folder, steps)) for folder in folders]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits this until it can handle it
-    for child in children:
-        child.start()
+    children = []
+    for folder in folders:
+        children.append(context.Process(target=leave, args=(guard, run, folder, None, steps)))
+        children[-1].start()
 
     def pass_on(number, _):
         STOP.append(number)
@@ -1825,11 +1814,6 @@ def side_by_side(folders, steps):
         codes.append(child.exitcode if child.exitcode >= 0 else 128 - child.exitcode)
     if any(codes):
         raise SystemExit(next(code for code in codes if code))
-
-
-def in_child(folder, steps):
-    """Train the run in a folder in a process of its own."""
-    sys.exit(guard(run, folder, None, steps))
 
 
 def train_command(given):

@@ -36,7 +36,7 @@ CASES = {
     "2B LoRA": ("Qwen2-VL-2B", LORA),
     "8B LoRA": ("Qwen3-VL-8B", LORA),
 }
-PARTS = ("sample_and_grade", "read_reference", "read_teacher", "update")
+PARTS = ("sample_and_grade", "read_answers", "read_teacher", "update")
 STEPS = 3
 
 

@@ -54,7 +54,7 @@ def explain(folder, mixed):
     problems = ptdpo.pose(task, "train", config.seed, step * config.prompts, config.prompts)
     rollout = ptdpo.sample_and_grade(policy, task, problems, config.group, key)
     advantages = ptdpo.group_advantages(rollout.rewards, config.group)
-    logp_ref, relevance = ptdpo.read_reference(ref, rollout, layers, config)
+    logp_ref, relevance = ptdpo.read_answers(ref, rollout, layers, config)
     hints = ptdpo.build_hints(ref, task, rollout, relevance, config, key)
     distill = ptdpo.answers_to_distill(rollout, config)
     answers = (rollout.prompts, rollout.completion, rollout.mask)

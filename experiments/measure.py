@@ -22,7 +22,7 @@ def sample_and_look(policy, task, config, layers, problems, key):
     Returns a Rollout, and a function (source, parts) -> a Hint a group.
     """
     rollout = ptdpo.sample_and_grade(policy, task, problems, config.group, key)
-    _, relevance = ptdpo.read_reference(policy, rollout, layers, config)
+    _, relevance = ptdpo.read_answers(policy, rollout, layers, config)
 
     def hints(source, parts="both"):
         changed = replace(config, hint=source, hint_parts=parts)

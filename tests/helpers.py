@@ -57,7 +57,7 @@ def make_batch(policy, ref, task, config, solved=None, problems=None, key=("test
 
 def batch_of(ref, task, rollout, config, key=("test", 0)):
     """Hints and Batch of a rollout."""
-    logp_ref, relevance = ptdpo.read_reference(ref, rollout, [0], config)
+    logp_ref, relevance = ptdpo.read_answers(ref, rollout, [0], config)
     hints = []
     distill = torch.zeros_like(rollout.solved)
     teacher = [None] * len(rollout.prompts)

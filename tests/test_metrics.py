@@ -222,7 +222,7 @@ def test_a_tutored_evaluation_hints_at_what_its_answers_looked_at(policy, task, 
     c = config(eval_problems=3)
     ptdpo.evaluate(policy, task, c, [1])
     (sampled, rollout), (greedy, _) = calls
-    _, relevance = ptdpo.read_reference(policy, rollout, [1], c)
+    _, relevance = ptdpo.read_answers(policy, rollout, [1], c)
     hints = ptdpo.build_hints(policy, task, rollout, relevance, c, ("tutored", 0))
     assert sampled == (4, ("tutored", 0), {})
     told = {"greedy": True, "hints": [hint.text for hint in hints]}

@@ -100,7 +100,7 @@ def test_base_looks_at_the_objects_it_is_asked_for(task):
     problems = [task.problem("validation", 3, i) for i in range(16)]
     rollout = ptdpo.sample_and_grade(base, task, problems, 8, ("look",))
     layer = found.index(max(found))
-    _, relevance = ptdpo.read_reference(base, rollout, [layer], c)
+    _, relevance = ptdpo.read_answers(base, rollout, [layer], c)
     hints = ptdpo.build_hints(base, task, rollout, relevance, c, ("look",))
     recalls = [ptdpo.recall(h.regions, p.targets) for h, p in zip(hints, problems)]
     assert sum(recalls) / 16 >= 2 * c.hint_regions / 25

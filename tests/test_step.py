@@ -88,12 +88,12 @@ def test_reference_scores_the_answers_and_shows_where_it_looked(
     c = config(micro_batch=micro)
     rollout, _, _ = make_batch(policy, ref, task, c)
     ref.suppress_ids = [w for w in range(40) if w not in rollout.completion][:2]
-    logp_ref, relevance = ptdpo.read_reference(ref, rollout, [0, 2], c)
+    logp_ref, relevance = ptdpo.read_answers(ref, rollout, [0, 2], c)
     assert torch.allclose(logp_ref, plain_logp(ref, rollout), atol=1e-4)
     for b, by_layer in enumerate(relevance):
         looks = [plain_read(ref, rollout, n)[2].mean(1) for n in range(4 * b, 4 * b + 4)]
         assert torch.allclose(by_layer, sum(looks)[[0, 2]] / 4, atol=1e-6)
-    assert ptdpo.read_reference(ref, rollout, [], c)[1] == []
+    assert ptdpo.read_answers(ref, rollout, [], c)[1] == []
 
 
 def test_calibration_by_hand(policy, task, monkeypatch):
@@ -102,7 +102,7 @@ def test_calibration_by_hand(policy, task, monkeypatch):
     c = config(group=2)
     problems = [task.problem("calibration", 0, i) for i in range(3)]
     rollout = ptdpo.sample_and_grade(policy, task, problems, 2, ("calibration", 0))
-    _, relevance = ptdpo.read_reference(policy, rollout, [0, 1, 2], c)
+    _, relevance = ptdpo.read_answers(policy, rollout, [0, 1, 2], c)
     expected = [0, 0, 0]
     for problem, looks in zip(problems, relevance):
         for layer, look in enumerate(looks.tolist()):
