@@ -549,6 +549,25 @@ def token_weights(batch, config, distill_weight):
     )
 
 
+def token_columns(policy, hidden, part, config):
+    """What token_losses needs to know of each token that is no padding, by name [tokens]."""
+    mask = part.mask
+    columns = {
+        "targets": part.completion[mask],
+        "advantages": part.advantages[:, None].expand_as(mask)[mask],
+        "logp_ref": part.logp_ref[mask],
+        "weights": part.weights[mask],
+    }
+    if part.logp_old is not None:
+        columns["logp_old"] = part.logp_old[mask]
+        if config.algorithm == "gspo":
+            # A chunk may hold a piece of an answer, so the ratio of the whole is found beforehand.
+            log_ratio = (completion_logp(policy, hidden, part) - part.logp_old) * mask
+            mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+            columns["answer_log_ratio"] = mean.expand_as(mask)[mask]
+    return columns
+
+
 def token_losses(logits, teacher_logits, columns, config):
     """The loss of a chunk, a sum over its tokens, and the values of each token [n, 4].
 
@@ -634,25 +653,6 @@ def backward(policy, ref, part, config):
     return whole.masked_scatter(part.mask[..., None], values)
 
 
-def token_columns(policy, hidden, part, config):
-    """What token_losses needs to know of each token that is no padding, by name [tokens]."""
-    mask = part.mask
-    columns = {
-        "targets": part.completion[mask],
-        "advantages": part.advantages[:, None].expand_as(mask)[mask],
-        "logp_ref": part.logp_ref[mask],
-        "weights": part.weights[mask],
-    }
-    if part.logp_old is not None:
-        columns["logp_old"] = part.logp_old[mask]
-        if config.algorithm == "gspo":
-            # A chunk may hold a piece of an answer, so the ratio of the whole is found beforehand.
-            log_ratio = (completion_logp(policy, hidden, part) - part.logp_old) * mask
-            mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-            columns["answer_log_ratio"] = mean.expand_as(mask)[mask]
-    return columns
-
-
 def head_backward(policy, ref, hidden, distilled, teacher, columns, config, chunk=CHUNK):
     """The loss and its gradient, chunk by chunk -> values [tokens, 4], d loss / d hidden.
 
@@ -661,7 +661,8 @@ def head_backward(policy, ref, hidden, distilled, teacher, columns, config, chun
     which is added to the gradient of the head. hidden [tokens, H]; distilled bool [tokens]; teacher
     [distilled tokens, H], or None; columns: from token_columns.
     """
-    heads = policy.head().detach(), ref.head().detach()
+    head = policy.head().detach()
+    teacher_head = ref.head().detach()
     weight = policy.head_weight
     if weight.requires_grad and weight.grad is None:
         weight.grad = torch.zeros_like(weight)
@@ -674,29 +675,23 @@ def head_backward(policy, ref, hidden, distilled, teacher, columns, config, chun
     values = []
     grads = []
     for rows, states in chunks:
+        # z is a leaf: autograd goes from the loss back to z, and no further.
+        z = chunk_logits(hidden[rows], head, policy.suppress_ids).requires_grad_()
+        teacher_z = None
+        if states is not None:
+            teacher_z = chunk_logits(states, teacher_head, policy.suppress_ids)
         own = {name: column[rows] for name, column in columns.items()}
-        chunk_values, grad = chunk_backward(policy, heads, hidden[rows], states, own, config)
+        loss, chunk_values = token_losses(z, teacher_z, own, config)
+        del teacher_z  # before the gradient needs room
+        loss.backward()
+        if weight.requires_grad:
+            add_product(weight.grad, z.grad.T, hidden[rows].to(head.dtype))
         values.append(chunk_values)
-        grads.append(grad)
+        grads.append(product(z.grad, head))
+        del z, loss  # before the next chunk needs room
     # The chunks took the tokens in another order. argsort of a permutation is its inverse.
     order = torch.argsort(torch.cat([rows for rows, _ in chunks]))
     return torch.cat(values)[order], torch.cat(grads)[order]
-
-
-def chunk_backward(policy, heads, hidden, states, columns, config):
-    """The same for one chunk. Its matrices [n, V] are freed when it returns."""
-    head, teacher_head = heads
-    # z is a leaf: autograd goes from the loss back to z, and no further.
-    z = chunk_logits(hidden, head, policy.suppress_ids).requires_grad_()
-    teacher_z = None
-    if states is not None:
-        teacher_z = chunk_logits(states, teacher_head, policy.suppress_ids)
-    loss, values = token_losses(z, teacher_z, columns, config)
-    del teacher_z  # before the gradient needs room
-    loss.backward()
-    if policy.head_weight.requires_grad:
-        add_product(policy.head_weight.grad, z.grad.T, hidden.to(head.dtype))
-    return values, product(z.grad, head)
 
 
 def chunk_logits(hidden, head, suppress_ids):
