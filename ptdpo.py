@@ -8,17 +8,17 @@
 
 A model answers a question about a picture G times. GRPO favours the answers whose reward is above
 the mean of their group, so it learns nothing from a group whose rewards are all equal. PTD-PO adds
-a tutor for failed answers. A frozen copy of the model reads them, and the regions of the picture
-that it attends to become a hint that does not contain the solution. With this hint in its prompt
-it reads the failed answers again, and predicts the next token at each of their positions. The model
-is trained towards these predictions. It never sees the hint.
+a teacher for failed answers. A frozen copy of the model reads them, and the regions of the picture
+that it attends to become a hint that does not contain the solution. With this hint in its prompt,
+the copy reads the failed answers again and predicts the next token at each of their positions. The
+model is trained towards these predictions. The model itself never sees the hint.
 
     student     the model that learns           answer     what the student wrote
     reference   a frozen copy of it             solution   the true answer (problem.answer)
     teacher     the reference with the hint     to read    one pass over a given text (teacher
                 in its prompt                              forcing); nothing is generated
 
-    loss = policy loss + beta KL(pi_theta || pi_ref) + lambda JSD(p_t || q_t)
+    loss = policy loss + beta KL(pi_theta || pi_ref) + lambda JSD(p_t, q_t)
 
     x     prompt: pictures and a question              h     hint
     y_i   answer i, sampled by the student             r_i   its reward
@@ -34,7 +34,8 @@ is trained towards these predictions. It never sees the hint.
     the loss: sum of weight times value of each token  token_weights, token_losses
 
 Shapes: B prompts, G answers to each (a group), N = B*G answers, T tokens of an answer, V words of
-the vocabulary, K top-k, H hidden width, R regions of the pictures, L layers, n tokens of a chunk.
+the vocabulary, K top-k, H hidden width, R regions of the pictures, M of them in a hint, L layers,
+n tokens of a chunk.
 Row b*G + g of a tensor [N, ...] is answer g to prompt b. A list [B] has one entry per prompt.
 
 Departures from the paper (docs/results.md gives the reasons):
@@ -95,9 +96,9 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
     """One step of PTD-PO or, with `--method grpo`, of GRPO: the whole algorithm.
 
     policy is the student, which learns. ref is the frozen base model. It is the reference of the
-    KL and, once it has read a hint, the teacher. layers: those whose attention is read, found by
-    `calibrate`; empty if no hint needs it. Returns the metrics of the step and, for samples.jsonl,
-    one group in full.
+    KL and, once it has read a hint, the teacher. layers: the one whose attention found the known
+    targets of calibration problems best (measure_base), or empty if no hint needs it. Returns the
+    metrics of the step and, for samples.jsonl, one group in full.
     """
     # Problems and sampling noise depend on the seed and the step alone (common random numbers):
     # both methods, and a run that was resumed, meet the same ones.
@@ -136,11 +137,13 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
 
 
 # --------------------------------------------------------------------------------------- protocol
-# Task, Problem and Grade are told in toy_tasks/__init__.py.
+# Task, Problem and Grade are defined in toy_tasks/__init__.py. A Problem has images, a question,
+# the answer, steps (the textual part of a hint) and, where it is known which regions matter,
+# targets. A Grade has the reward, solved and, if the answer names regions, points.
 class Policy(Protocol):
     """What the algorithm asks of a model: HFPolicy below, or TinyVLM in tiny_vlm.py.
 
-    Pixels, padding, positions and caches stay behind it.
+    Pixels, padding, positions and caches are hidden behind it. It is a torch.nn.Module.
     """
 
     stop_ids: list[int]  # tokens that end an answer
@@ -261,7 +264,7 @@ def sample_and_grade(policy, task, problems, group, key, greedy=False, hints=Non
     # The answer is every token with no stop token before it. The rest is padding, whatever it is.
     device = completion.device
     stop = torch.isin(completion, torch.tensor(policy.stop_ids, device=device))
-    mask = stop.cumsum(1) - stop.long() == 0
+    mask = (stop.cumsum(1) - stop.long()) == 0
     finished = stop.any(1).tolist()
     lengths = (mask & ~stop).sum(1).tolist()
     texts = [policy.text(ids[:n]) for ids, n in zip(completion.tolist(), lengths)]
@@ -297,8 +300,8 @@ def read_answers(model, groups, layers, config):
     """A model, mostly the frozen reference, reads answers -> logp [N, T], relevance [B] of [L, R].
 
     The relevance of a region is the attention of the positions that predict answer tokens, a mean
-    over heads, tokens and the G answers. A mean over the solved answers alone would let the
-    grades into the hint. Empty without layers.
+    over heads, tokens and the G answers. All answers count: if only the solved ones did, the hint
+    would tell which answers were right. Empty without layers.
     """
     logp = []
     relevance = []
@@ -337,7 +340,7 @@ class Hint:
 
     regions: list  # indices of the named regions, in reading order
     text: str
-    rejected: bool  # the advice in it might give the solution away, and was left out
+    rejected: bool  # the steps were left out, because they might give the solution away
 
 
 def build_hints(ref, task, rollout, relevance, config, key):
@@ -387,7 +390,10 @@ def build_hints(ref, task, rollout, relevance, config, key):
 
 # -------------------------------------------------------------------------------- tutored teacher
 def answers_to_distill(rollout, config):
-    """Failed answers, in groups whose solved share is below tau (1: any), bool [N]; or all."""
+    """The answers to distil, bool [N]: the failed ones of groups whose solved share is below tau.
+
+    With tau 1 these are all failed answers; with `--distill-on all` it is every answer.
+    """
     if config.distill_on == "all":
         return torch.ones_like(rollout.solved)
     below = rollout.solved_share() < config.tau
@@ -395,7 +401,7 @@ def answers_to_distill(rollout, config):
 
 
 def answers_under_kl(rollout, config):
-    """The answers under the KL, bool [N]: all or, as released, those of untutored groups."""
+    """The answers under the KL, bool [N]: all or, as released, those of groups at or above tau."""
     if config.kl_on == "all":
         return torch.ones_like(rollout.solved)
     return (rollout.solved_share() >= config.tau).repeat_interleave(config.group)
@@ -438,7 +444,7 @@ FLOOR = -1e30  # stands for log 0: unlike -inf, it gives no NaN when it is multi
 def policy_loss(log_ratio, advantages, algorithm="grpo"):
     """Clipped loss of each token: -min(rho A, clip(rho, 1 - low, 1 + high) A) (paper, GRPO).
 
-    log_ratio = log pi_theta - log pi_old and advantages, of one shape -> that shape. DAPO
+    log_ratio = log pi_theta - log pi_old and advantages, of one shape -> the same shape. DAPO
     (2503.14476) clips higher; its dynamic sampling, which would drop the groups that need a tutor,
     is left out. GSPO (2507.18071) has one ratio an answer: see token_losses. At the first update
     on a batch rho is 1, and nothing is clipped.
@@ -486,7 +492,7 @@ DIVERGENCES = {"jsd": jsd, "forward_kl": forward_kl, "reverse_kl": reverse_kl}
 
 
 def topk_jsd(student_logits, teacher_logits, k, divergence="jsd"):
-    """JSD of two next-word distributions: the Top-K words of both one by one, the rest as one.
+    """JSD of two next-word distributions: the Top-K words of both, and all others as one bucket.
 
     Logits [..., V] -> [...] in nats, from 0 to ln 2. Never above the exact JSD, and equal to it at
     k >= V. The gradient goes to the student alone. float32 is good to about 2e-6 nats: below that
@@ -513,7 +519,9 @@ def bucket_log_probs(logits, ids, repeated):
     """
     listed = logits.gather(-1, ids).masked_fill(repeated, FLOOR)
     rest = logits.scatter(-1, ids, FLOOR).logsumexp(-1, keepdim=True)
-    return torch.cat([listed, rest], -1).log_softmax(-1).clamp_min(FLOOR)  # for logits of -inf
+    return (
+        torch.cat([listed, rest], -1).log_softmax(-1).clamp_min(FLOOR)
+    )  # a model's own logits may be -inf
 
 
 def entropy(logits):
@@ -533,8 +541,9 @@ def token_weights(batch, config, distill_weight):
     """
     mask = batch.mask.float()
     distilled = mask * batch.distill[:, None]
-    totals = torch.stack([mask[:, 0].sum(), mask.sum(), distilled.sum()])  # answers, tokens, ...
-    answers, tokens, distilled_tokens = over_ranks(totals.float())
+    # Every answer has a first token, so mask[:, 0] counts answers.
+    totals = torch.stack([mask[:, 0].sum(), mask.sum(), distilled.sum()])
+    answers, tokens, distilled_tokens = over_ranks(totals)
     if config.algorithm == "dapo":
         mean = mask / tokens
     else:
@@ -602,7 +611,7 @@ def update(policy, ref, optimizer, batch, config, step):
     """Move the weights: `updates_per_batch` steps of AdamW, each on its share of the groups.
 
     Returns log-prob, entropy, KL and JSD of each token by name [N, T]; the mean norm of the
-    gradients before clipping; and 0, or "gradient" if one was not finite and its update left out.
+    gradients before clipping; and how many updates were left out, their gradient not being finite.
     """
     distill_weight = config.distill_weight
     if config.distill_decay:
@@ -626,7 +635,7 @@ def update(policy, ref, optimizer, batch, config, step):
         if norm.isfinite():
             optimizer.step()
         else:  # one such step would make every weight NaN
-            skipped = "gradient"
+            skipped += 1
         optimizer.zero_grad()  # the next rollout needs the memory
         norms.append(norm.item())
     names = ("logp", "entropy", "kl", "jsd")
@@ -643,10 +652,9 @@ def backward(policy, ref, part, config):
     if distilled.any():
         teacher = torch.cat([states for states in part.teacher if states is not None])
     hidden = hidden[part.mask]  # [tokens, H], without padding
-    # hidden.detach() cuts the graph in two. head_backward does the upper half: it returns d loss /
-    # d hidden, and adds d loss / d head to the gradient of the head. hidden.backward does the lower
-    # half; if the head is tied to the embedding, it adds to the same gradient. Row i of teacher is
-    # the i-th distilled token: both go by group, answer and token.
+    # This is loss.backward() without logits of all tokens. head_backward goes back from the loss to
+    # hidden, and adds to the gradient of the head; hidden.backward goes on from there. Row i of
+    # teacher is the i-th distilled token: both are in the order of group, answer and token.
     values, grad = head_backward(policy, ref, hidden.detach(), distilled, teacher, columns, config)
     hidden.backward(grad.to(hidden.dtype))
     whole = torch.zeros(*part.mask.shape, values.shape[-1], device=values.device)
@@ -672,8 +680,8 @@ def head_backward(policy, ref, hidden, distilled, teacher, columns, config, chun
     if teacher is not None:
         distilled_rows = distilled.nonzero()[:, 0]
         chunks += zip(distilled_rows.split(chunk), teacher.split(chunk))
-    values = []
-    grads = []
+    values = hidden.new_empty(len(hidden), 4)
+    grad = torch.empty_like(hidden)
     for rows, states in chunks:
         # z is a leaf: autograd goes from the loss back to z, and no further.
         z = chunk_logits(hidden[rows], head, policy.suppress_ids).requires_grad_()
@@ -681,17 +689,14 @@ def head_backward(policy, ref, hidden, distilled, teacher, columns, config, chun
         if states is not None:
             teacher_z = chunk_logits(states, teacher_head, policy.suppress_ids)
         own = {name: column[rows] for name, column in columns.items()}
-        loss, chunk_values = token_losses(z, teacher_z, own, config)
+        loss, values[rows] = token_losses(z, teacher_z, own, config)
         del teacher_z  # before the gradient needs room
         loss.backward()
         if weight.requires_grad:
             add_product(weight.grad, z.grad.T, hidden[rows].to(head.dtype))
-        values.append(chunk_values)
-        grads.append(product(z.grad, head))
+        grad[rows] = product(z.grad, head)
         del z, loss  # before the next chunk needs room
-    # The chunks took the tokens in another order. argsort of a permutation is its inverse.
-    order = torch.argsort(torch.cat([rows for rows, _ in chunks]))
-    return torch.cat(values)[order], torch.cat(grads)[order]
+    return values, grad
 
 
 def chunk_logits(hidden, head, suppress_ids):
@@ -711,7 +716,7 @@ def product(a, b):
 
 
 def add_product(total, a, b):
-    """total += a @ b, on a CPU without a matrix in between."""
+    """total += a @ b; on a CPU without a temporary [V, H], which takes as long as the product."""
     if total.is_cuda:
         total += product(a, b)
     else:
@@ -729,7 +734,7 @@ METRICS = {
     "step": "training steps so far; all other metrics of a row are over the whole step",
     "reward": "mean reward of the sampled answers",
     "solved": "share of sampled answers that are solved",
-    "groups_all_failed": "share of groups without a solved answer; GRPO needs rewards that differ",
+    "groups_all_failed": "share of groups without a solved answer; GRPO learns little from them",
     "groups_mixed": "share of groups with both solved and failed answers",
     "groups_all_solved": "share of groups with solved answers only; nothing is left to learn",
     "distilled": "share of answer tokens that are distilled; if small, each carries much of lambda",
@@ -741,7 +746,7 @@ METRICS = {
     "answer_entropy": "entropy summed over the tokens of an answer, mean over answers, in nats",
     "entropy_slope": "change of entropy a step, least squares over the last 10 steps",
     "grad_norm": "norm of the gradient before clipping, mean over the updates of the step",
-    "skipped": "0, or gradient if it was not finite, so that an update was left out",
+    "skipped": "updates that were left out because their gradient was not finite",
     "completion_length": "mean tokens of an answer, its end included",
     "hint_recall": "share of the true targets among the hinted regions, by chance M/R; or null",
     "hints_rejected": "share of hints whose steps could give the answer away, and were left out",
@@ -829,21 +834,20 @@ def entropy_slope(rows):
 
 
 def monitor(rows, first, chance):
-    """Signals that were dead in all of these rows of metrics -> lines with a remedy.
+    """Signals that told nothing in all of these rows of metrics -> lines with a remedy.
 
     first: the row of the first step; chance: recall of random regions, M/R.
     """
-    lowest = (first["entropy"] or 0) / 5
-    if rows[-1]["solved"] > 0.5:
-        lowest = -1  # never: low entropy is no collapse where answers are right
-    signals = [  # name; dead if it was always from ... to ...; remedy
+    signals = [  # name; it told nothing if it was always from ... to ...; remedy
         ("solved", 0, 0, "no answer is solved: see what was answered and expected"),
         ("groups_mixed", 0, 0, "no group is mixed, reward teaches next to nothing: raise --group"),
         ("groups_all_solved", 1, 1, "all is solved, nothing to tutor: raise --difficulty"),
         ("jsd", -1, 1e-4, "JSD near 0, the hint changes nothing: can the base read hints?"),
         ("hint_recall", 0, 1.1 * chance, "hints no better than random: try another --hint"),
-        ("entropy", -1, lowest, "entropy collapsed while answers fail: lower --lr"),
     ]
+    if rows[-1]["solved"] <= 0.5:  # low entropy is no collapse where answers are right
+        lowest = (first["entropy"] or 0) / 5
+        signals.append(("entropy", 0, lowest, "entropy collapsed while answers fail: lower --lr"))
     lines = []
     for name, least, most, remedy in signals:
         values = [row.get(name) for row in rows]
@@ -927,7 +931,11 @@ def evaluate_samples(policy, task, config):
         rollout = sample_and_grade(policy, task, problems, SAMPLES, ("sampled", start))
         for problem, texts, grades in zip(problems, rollout.texts, rollout.grades):
             solved.append([grade.solved for grade in grades])
-            right = [text for text, grade in zip(texts, grades) if judge(problem, grade)[2]]
+            right = []
+            for text, grade in zip(texts, grades):
+                _, _, right_reason = judge(problem, grade)
+                if right_reason:
+                    right.append(text)
             pairs = list(combinations(right, 2))
             if pairs and hasattr(task, "ways"):
                 differ.append(sum(a != b for a, b in pairs))
@@ -1082,7 +1090,7 @@ def train(policy, task, config, folder):
 
 
 def measure_base(policy, task, config, folder):
-    """run.json of a run. At the first start it is completed by what is measured on the base.
+    """run.json of a run. At the first start the scores of the base are measured and added.
 
     UserError if the base is another one than the run began with.
     """
@@ -1227,7 +1235,7 @@ def report(config, rows, sample):
         names = ("reward", "accuracy", "point_f1", "entropy", "groups_all_failed", "jsd")
         lines.append("  ".join(f"{n} {row[n]:.3f}" for n in names if row[n] is not None))
     if row["skipped"]:
-        lines.append(f"warning: {row['skipped']} is not finite, update left out: lower --lr")
+        lines.append("warning: gradient is not finite, update left out: lower --lr")
     elif len(rows) % 10 == 0:
         lines += [f"warning: {line}" for line in monitor(rows[-10:], rows[0], sample["chance"])]
     if row["solved"] == 0 and len(rows) % 10 == 0:
@@ -1333,7 +1341,7 @@ class HFPrompt:
 
     ids: torch.Tensor  # [P]
     positions: torch.Tensor  # [P, 3]: time, row and column, which differ in pictures only
-    pictures: dict  # pixel_values; image_grid_thw [pictures, 3]: frames, rows, columns of patches
+    pictures: dict  # on the CPU: pixel_values; image_grid_thw [pictures, 3], frames, rows, columns
 
 
 class HFPolicy(torch.nn.Module):
@@ -1397,7 +1405,7 @@ class HFPolicy(torch.nn.Module):
             if self.dtype != torch.float32:
                 stack.enter_context(torch.autocast("cuda", self.dtype))
             if self.config.checkpointing:
-                # It acts in training mode, which has no cache to sample with.
+                # It works in training mode, in which there is no cache to sample with.
                 self.model.train(torch.is_grad_enabled())
             yield
 
@@ -1415,8 +1423,7 @@ class HFPolicy(torch.nn.Module):
         pictures = like.pictures if like else {}
         if problem.images and not like:
             pictures = self.processor.image_processor(problem.images, return_tensors="pt")
-        device = self.base.device
-        grid = pictures["image_grid_thw"].cpu() if pictures else None
+        grid = pictures.get("image_grid_thw")
         # The text marks a picture by one token. The model wants as many as the picture takes.
         counts = [] if grid is None else (grid.prod(1) // self.merge**2).tolist()
         pieces = text.split("<|image_pad|>")
@@ -1428,7 +1435,7 @@ class HFPolicy(torch.nn.Module):
         # A picture takes as many positions as its longer side has tokens: fewer than its tokens.
         kinds = (ids == self.image_id).long()
         positions, _ = self.base.model.get_rope_index(ids, kinds, grid)  # [3, 1, P]
-        pictures = {name: value.to(device) for name, value in pictures.items()}
+        device = self.base.device
         return HFPrompt(ids[0].to(device), positions[:, 0].T.to(device), pictures)
 
     @torch.no_grad()
@@ -1463,7 +1470,7 @@ class HFPolicy(torch.nn.Module):
         inputs["attention_mask"] = real
         pictured = [prompt.pictures for prompt in prompts if prompt.pictures]
         for name in pictured[0] if pictured else ():
-            inputs[name] = torch.cat([pictures[name] for pictures in pictured])
+            inputs[name] = torch.cat([pictures[name] for pictures in pictured]).to(ids.device)
         for t in range(T):
             hidden = self.base.model(**inputs, cache=cache).last_hidden_state[:, -1]
             if t == 0:  # so far a row for each prompt, from now on one for each answer
@@ -1484,16 +1491,17 @@ class HFPolicy(torch.nn.Module):
         """Read given answers -> hidden float32 [N, T, H], attention to the regions."""
         G = len(completion) // len(prompts)
         groups = zip(prompts, completion.split(G), mask.split(G))
-        hidden, attention = zip(*(self.read_group(*group, layers) for group in groups))
-        return torch.cat(hidden), [torch.stack(looks) for looks in attention if looks]
+        with self.running():  # once for all groups, which then share the weights in self.dtype
+            hidden, looks = zip(*(self.read_group(*group, layers) for group in groups))
+        return torch.cat(hidden), list(map(self.by_region, prompts, looks)) if layers else []
 
     def read_group(self, prompt, completion, mask, layers):
-        """The same for one group -> hidden [G, T, H], attention [L, G, R].
+        """One group -> hidden [G, T, H], and by layer the attention to prompt tokens [G, P].
 
         Prompt and answers stand in one row, so the prompt is computed once:
             prompt without its last token (P) | answer 1: T tokens | ... | answer G: T tokens
-        Each answer begins with the last prompt token, which predicts its first token. Who sees
-        whom is told in packed_attention.
+        Each answer begins with the last prompt token, which predicts its first token. Which tokens
+        see which is defined in packed_attention.
         """
         width = completion.shape[1]
         T = int(mask.any(0).nonzero().max()) + 1  # what is behind the longest answer is not read
@@ -1503,21 +1511,21 @@ class HFPolicy(torch.nn.Module):
         steps = torch.arange(T, device=answers.device)
         places = (prompt.positions[P:] + steps[:, None]).repeat(len(answers), 1)  # [G * T, 3]
         causal = torch.ones(T, P + T, dtype=torch.bool, device=answers.device).tril(P)
-        # Layers of transformers cannot return attention, so they write it into this dict.
+        # Layers cannot return attention, so they write it into this dict. Keyword arguments that a
+        # model does not know, such as this one, reach the attention function.
         recorded = dict.fromkeys(layers)
-        with self.running():
-            output = self.base.model(
-                input_ids=torch.cat([prompt.ids[:P], answers.flatten()])[None],
-                position_ids=torch.cat([prompt.positions[:P], places]).T[:, None],
-                attention_mask=causal[None, None],
-                token_mask=mask[:, :T],
-                recorded=recorded,
-                use_cache=False,
-                **prompt.pictures,
-            )
+        output = self.base.model(
+            input_ids=torch.cat([prompt.ids[:P], answers.flatten()])[None],
+            position_ids=torch.cat([prompt.positions[:P], places]).T[:, None],
+            attention_mask=causal[None, None],
+            token_mask=mask[:, :T],
+            recorded=recorded,
+            use_cache=False,
+            **{name: value.to(answers.device) for name, value in prompt.pictures.items()},
+        )
         hidden = output.last_hidden_state[0, P:].unflatten(0, answers.shape).float()
         hidden = F.pad(hidden, (0, 0, 0, width - T))
-        return hidden, [self.by_region(prompt, attention) for attention in recorded.values()]
+        return hidden, list(recorded.values())
 
     def region_names(self, prompt):
         """Nine places a picture, with the number of the picture if there are several."""
@@ -1526,10 +1534,11 @@ class HFPolicy(torch.nn.Module):
             return PLACES * count
         return [f"picture {i + 1}: {place}" for i in range(count) for place in PLACES]
 
-    def by_region(self, prompt, attention):
-        """Attention to prompt tokens [G, P] -> mean attention in each region [G, R]."""
+    def by_region(self, prompt, looks):
+        """Attention to prompt tokens, L of [G, P] -> mean attention in each region [L, G, R]."""
+        attention = torch.stack(looks)
         if not prompt.pictures:
-            return attention[:, :0]
+            return attention[..., :0]
         regions = []  # of each image token
         nine = torch.arange(9.0).view(1, 1, 3, 3)
         grid = prompt.pictures["image_grid_thw"] // self.merge
@@ -1539,11 +1548,11 @@ class HFPolicy(torch.nn.Module):
             regions.append(9 * i + ninths.flatten().long())
         weights = F.one_hot(torch.cat(regions), 9 * len(regions)).to(attention)
         weights /= weights.sum(0).clamp_min(1)
-        return attention[:, prompt.ids[:-1] == self.image_id] @ weights
+        return attention[..., prompt.ids[:-1] == self.image_id] @ weights
 
 
 def narrow_cache():
-    """A cache whose keys are no wider than its values: rotation has made them float32."""
+    """A cache whose keys have the precision of its values: rotary embedding made them float32."""
     from transformers import DynamicCache
 
     class Cache(DynamicCache):
@@ -1614,15 +1623,14 @@ def load_model(config, dtype):
         raise
     except Exception as error:  # a broken folder can fail in a dozen ways
         mend = "give a folder or a hub name"
-        if isinstance(error, ModuleNotFoundError):
-            mend = f"pip install {error.name}"
+        if isinstance(error, ImportError):
+            mend = f"pip install {error.name}" if error.name else "mend it"
         raise UserError(f"--model {name}: {error!s:.300}; {mend}") from error
 
 
 def open_model(config, name, dtype):
     """Processor (of pictures alone) and model; what learns is float32, all else `dtype`."""
     import transformers as hf
-    from transformers.masking_utils import sdpa_mask
 
     class PictureProcessor(hf.ProcessorMixin):  # AutoProcessor wants torchvision, for videos
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
@@ -1647,6 +1655,8 @@ def open_model(config, name, dtype):
     torch.backends.cuda.enable_cudnn_sdp(False)
     weights = dtype if config.lora else torch.float32
     model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype=weights)
+    from transformers.masking_utils import sdpa_mask
+
     hf.AttentionInterface.register("packed", packed_attention)
     hf.AttentionMaskInterface.register("packed", sdpa_mask)
     model.set_attn_implementation({"text_config": "packed"})
@@ -1658,7 +1668,7 @@ def open_model(config, name, dtype):
         layers = r".*language_model\.layers\..*_proj"
         adapters = peft.LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules=layers)
         with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name of the past
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name
             torch.manual_seed(0)  # the same adapters in every run and process
             model = peft.get_peft_model(model, adapters)  # freezes everything else
     if config.checkpointing:
@@ -1716,7 +1726,7 @@ def sum_gradients(parameters):
 
 @contextmanager
 def together():
-    """Around what may fail on one process: the first that failed raises, the others end."""
+    """If the body fails in any process, all end: the first that failed raises, the others exit."""
     error = None
     try:
         yield
@@ -1875,7 +1885,8 @@ def command(argv):
             flag = min(odd).replace("_", "-")
             raise UserError(f"--{action} goes by what is stored: leave out --{flag}")
         if action in allowed:
-            make_config({name: given[name] for name in allowed[action] & given.keys()})  # in range?
+            # Raises if a value is out of range.
+            make_config({name: given[name] for name in allowed[action] & given.keys()})
     if action == "help_metrics":
         print("\n".join(f"{name:18} {text}" for name, text in METRICS.items()))
     elif action == "eval":
@@ -1885,7 +1896,7 @@ def command(argv):
 
 
 def guard(action, *args):
-    """Do it -> exit code. What the user can mend is one line and code 2, never a traceback."""
+    """Do it -> exit code. An error that the user can mend prints one line and gives code 2."""
     tell = True
     try:
         action(*args)

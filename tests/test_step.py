@@ -426,7 +426,7 @@ def test_what_is_not_finite_moves_nothing(policy, ref, task):
     steps = []
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
     _, _, skipped = ptdpo.update(policy, ref, optimizer, batch, c, 1)
-    assert (skipped, len(steps)) == ("gradient", 1)
+    assert (skipped, len(steps)) == (1, 1)
     assert all(p.isfinite().all() for p in policy.parameters())
 
 
