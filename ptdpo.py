@@ -365,7 +365,7 @@ def build_hints(ref, task, rollout, relevance, config, key):
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
         score = noise.double() * 1e-9
         if config.hint == "attention":
-            score += relevance[b].mean(0)  # over layers
+            score += relevance[b].mean(0)  # over the layers that are read, mostly one
         elif config.hint == "votes":
             # How many answers name the region: is attention more than an echo of the answers?
             for grade in rollout.grades[b]:
