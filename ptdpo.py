@@ -21,21 +21,21 @@ model is trained towards these predictions. The model itself never sees the hint
     loss = policy loss + beta KL(pi_theta || pi_ref) + lambda JSD(p_t, q_t)
 
     x     prompt: pictures and a question              h     hint
-    y_i   answer i, sampled by the student             r_i   its reward
+    y_i   answer i, of |y_i| tokens, sampled           r_i   its reward
     p_t   student pi_theta(. | x, y_<t)                A_i   its advantage
     q_t   teacher pi_ref(. | x, h, y_<t)               JSD   Jensen-Shannon divergence, in nats
     rho   pi_theta / pi_old of a token; pi_old is the student as it was when it sampled
 
     equation                                           function
     A_i = (r_i - mean r) / (std r + eps)               group_advantages
-    -min(rho A, clip(rho, 1 - low, 1 + high) A)        policy_loss
+    -min(rho A, clip(rho, 1 - low, 1 + high) A)        policy_loss (low and high: CLIP)
     rho (e^d - d - 1), d = log pi_ref - log pi_theta   kl_to_reference
     JSD of two distributions, by their Top-K words     topk_jsd
     the loss: sum of weight times value of each token  token_weights, token_losses
 
 Shapes: B prompts, G answers to each (a group), N = B*G answers, T tokens of an answer, V words of
-the vocabulary, K top-k, H hidden width, R regions of the pictures, M of them in a hint, L layers,
-n tokens of a chunk.
+the vocabulary (a word is one of its tokens), K top-k, H hidden width, R regions of the pictures,
+M of them in a hint, L layers, n tokens of a chunk.
 Row b*G + g of a tensor [N, ...] is answer g to prompt b. A list [B] has one entry per prompt.
 
 Departures from the paper (docs/results.md gives the reasons):
@@ -96,9 +96,9 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
     """One step of PTD-PO or, with `--method grpo`, of GRPO: the whole algorithm.
 
     policy is the student, which learns. ref is the frozen base model. It is the reference of the
-    KL and, once it has read a hint, the teacher. layers: the one whose attention found the known
-    targets of calibration problems best (measure_base), or empty if no hint needs it. Returns the
-    metrics of the step and, for samples.jsonl, one group in full.
+    KL and, with a hint in its prompt, the teacher. layers: a list with the index of the layer whose
+    attention best finds the known targets of calibration problems (measure_base), empty unless
+    `--hint attention`. Returns the metrics of the step and, for samples.jsonl, one group in full.
     """
     # Problems and sampling noise depend on the seed and the step alone (common random numbers):
     # both methods, and a run that was resumed, meet the same ones.
@@ -112,7 +112,7 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
     logp_ref, relevance = read_answers(ref, rollout, layers, config)
     hints = []
     distill = torch.zeros_like(rollout.solved)
-    teacher = [None] * len(problems)
+    teacher = [None] * len(problems)  # its hidden states by group; None: nothing to distil
     if config.method == "ptdpo":
         # 4. The regions that were looked at most become a hint.
         hints = build_hints(ref, task, rollout, relevance, config, key)
@@ -158,7 +158,10 @@ class Policy(Protocol):
         """One prompt from pictures, question and hint. `like` is a prompt to take pixels from."""
 
     def sample(self, prompts: list, uniforms: torch.Tensor, greedy: bool) -> torch.Tensor:
-        """G answers to each prompt, ids [N, T], drawn by the uniform numbers [N, T]."""
+        """G answers to each prompt, ids [N, T].
+
+        Token t is the first whose cumulative probability exceeds uniforms[:, t].
+        """
 
     def forward(self, prompts: list, completion: torch.Tensor, mask: torch.Tensor, layers=()):
         """Read given answers (teacher forcing) -> hidden [N, T, H], attention [B] of [L, G, R].
@@ -179,7 +182,7 @@ class Policy(Protocol):
 
 
 class Groups:
-    """Whole groups: a list has one entry per prompt [B], a tensor one row per answer [N]."""
+    """Whole groups. A field is a list, one entry per prompt [B], or a tensor, a row per answer."""
 
     def take(self, start, stop):
         """The groups from start up to, and without, stop."""
@@ -240,7 +243,7 @@ def generator(*key):
 
 
 def pose(task, split, seed, first, count):
-    """This process's share of the problems first to first + count - 1 of a split."""
+    """Those of the problems first to first + count - 1 of a split that belong to this process."""
     with together():
         return [task.problem(split, seed, i) for i in range(first + RANK, first + count, RANKS)]
 
@@ -297,7 +300,7 @@ def group_advantages(rewards, group_size):
 # ------------------------------------------------------------------------ reference and attention
 @torch.no_grad()
 def read_answers(model, groups, layers, config):
-    """A model, mostly the frozen reference, reads answers -> logp [N, T], relevance [B] of [L, R].
+    """A model, usually the reference, reads answers -> logp [N, T], relevance [B] of [L, R].
 
     The relevance of a region is the attention of the positions that predict answer tokens, a mean
     over heads, tokens and the G answers. All answers count: if only the solved ones did, the hint
@@ -351,8 +354,9 @@ def build_hints(ref, task, rollout, relevance, config, key):
     the solution in them.
 
         attention   regions that the reference looked at most while it read the answers
-        votes       regions that most answers name      oracle   the true targets
-        random      any M regions                       none     no hint at all
+        votes       regions that most answers name      none     no hint at all
+        oracle      the true targets, filled up to M with random regions
+        random      any M regions
         answer      the solution itself: a baseline that cheats on purpose
     """
     hints = []
@@ -361,7 +365,7 @@ def build_hints(ref, task, rollout, relevance, config, key):
         known = {"oracle": problem.targets, "votes": rollout.grades[b][0].points}
         if config.hint in known and known[config.hint] is None:
             raise UserError(f"--hint {config.hint}: this task knows no regions; choose another")
-        # Tiny noise breaks ties. With `--hint random` it is the whole score.
+        # The M highest scores win. Tiny noise breaks ties; `--hint random` adds nothing to it.
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
         score = noise.double() * 1e-9
         if config.hint == "attention":
@@ -459,7 +463,8 @@ def kl_to_reference(logp, logp_old, logp_ref):
     """Estimate of KL(pi_theta || pi_ref) at each token: rho (e^d - d - 1), d = logp_ref - logp.
 
     All of one shape. e^d - d - 1 is known as the k3 estimator. Alone, its expected gradient is that
-    of KL(pi_ref || pi_theta). Multiplied by rho, it is that of KL(pi_theta || pi_ref).
+    of KL(pi_ref || pi_theta). Multiplied by rho, it is that of KL(pi_theta || pi_ref). At the first
+    update rho is 1 in value, but it has a gradient.
     """
     d = (logp_ref - logp).clamp(-20, 20)
     rho = (logp - logp_old).clamp(-20, 20).exp()
@@ -514,8 +519,9 @@ def bucket_log_probs(logits, ids, repeated):
     """Log-probabilities of the words in ids [..., 2K] and of all others together [..., 2K + 1].
 
     Without the last bucket the two sides would not be distributions, and mass that moves in or out
-    of the list would not be seen. Its words are summed, since 1 - sum(listed) would be pure
-    rounding error where the rest is below 1e-7.
+    of the list would not be seen. The bucket is the logsumexp of all words that are not listed: so
+    log_softmax over the buckets has the denominator of the whole softmax. 1 - sum(listed) would be
+    pure rounding error where the rest is below 1e-7.
     """
     listed = logits.gather(-1, ids).masked_fill(repeated, FLOOR)
     rest = logits.scatter(-1, ids, FLOOR).logsumexp(-1, keepdim=True)
@@ -559,7 +565,7 @@ def token_weights(batch, config, distill_weight):
 
 
 def token_columns(policy, hidden, part, config):
-    """What token_losses needs to know of each token that is no padding, by name [tokens]."""
+    """What token_losses needs to know of each token, without padding, by name [tokens]."""
     mask = part.mask
     columns = {
         "targets": part.completion[mask],
@@ -665,8 +671,8 @@ def head_backward(policy, ref, hidden, distilled, teacher, columns, config, chun
     """The loss and its gradient, chunk by chunk -> values [tokens, 4], d loss / d hidden.
 
     Logits of all tokens at once would fill a GPU. So a chunk gets its logits z [n, V], its loss,
-    and by autograd dz = d loss / dz. The head is linear, z = h W', hence dh = dz W and dW = dz' h,
-    which is added to the gradient of the head. hidden [tokens, H]; distilled bool [tokens]; teacher
+    and by autograd dz = d loss / dz. The head is linear, z = h W.T, so dh = dz W, and dW = dz.T h
+    is added to the gradient of the head. hidden [tokens, H]; distilled bool [tokens]; teacher
     [distilled tokens, H], or None; columns: from token_columns.
     """
     head = policy.head().detach()
@@ -834,11 +840,11 @@ def entropy_slope(rows):
 
 
 def monitor(rows, first, chance):
-    """Signals that told nothing in all of these rows of metrics -> lines with a remedy.
+    """Metrics that stayed uninformative over all of these rows -> lines with a remedy.
 
     first: the row of the first step; chance: recall of random regions, M/R.
     """
-    signals = [  # name; it told nothing if it was always from ... to ...; remedy
+    signals = [  # name; uninformative from ... to ...; remedy
         ("solved", 0, 0, "no answer is solved: see what was answered and expected"),
         ("groups_mixed", 0, 0, "no group is mixed, reward teaches next to nothing: raise --group"),
         ("groups_all_solved", 1, 1, "all is solved, nothing to tutor: raise --difficulty"),
@@ -895,11 +901,11 @@ def held_out(task, config, count):
 
 
 def evaluate(policy, task, config, layers=()):
-    """Scores of greedy answers to held-out problems; with layers, with hints from own attention."""
+    """Scores of greedy answers to held-out problems; with layers, hinted by its own attention."""
     rows = []
     for start, problems in held_out(task, config, config.eval_problems):
         hints = None
-        if layers:
+        if layers:  # sampled answers, whose attention gives the hint of the greedy one below
             key = ("tutored", start)
             rollout = sample_and_grade(policy, task, problems, config.group, key)
             _, relevance = read_answers(policy, rollout, layers, config)
@@ -1090,17 +1096,19 @@ def train(policy, task, config, folder):
 
 
 def measure_base(policy, task, config, folder):
-    """run.json of a run. At the first start the scores of the base are measured and added.
-
-    UserError if the base is another one than the run began with.
+    """run.json of a run. On the first start the scores of the base are measured and added, those
+    with hints only for `--hint attention`. UserError if base or task are not those of that start.
     """
     run = read_run(folder)
     reference = fingerprint(policy)
     if run.get("reference", reference) != reference:
         base = config.model or config.base
         raise UserError(f"{base}: not the base that {folder} began with; put that one back")
+    name = type(task).__name__
+    if run.get("task", name) != name:
+        raise UserError(f"{folder} has the task {run['task']}, not {name}; give it to ptdpo.run")
     if "base" not in run:
-        run |= {"reference": reference, "layers": [], "teacher": None}
+        run |= {"reference": reference, "task": name, "layers": [], "teacher": None}
         run["base"] = evaluate(policy, task, config) | evaluate_samples(policy, task, config)
         if config.method == "ptdpo" and config.hint == "attention":
             run["layer_recall"] = calibrate(policy, task, config)
@@ -1319,7 +1327,10 @@ def load_policy(config, task):
 
 
 def run(folder, task=None, steps=None):
-    """Train the run in a folder from where it is. A signal lets it finish its step and save."""
+    """Train a run, made by create_run, from where it is. A signal lets it finish its step and save.
+
+    task: your own, each time the run is continued, or None for that of its settings.
+    """
     STOP.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: STOP.append(n))

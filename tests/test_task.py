@@ -11,7 +11,7 @@ from PIL import Image
 
 import ptdpo
 from tiny_vlm import TinyVLM
-from toy_tasks import Grade, Problem
+from toy_tasks import Grade, Problem, UserError
 from toy_tasks.counting import CELLS, COLOURS, SHAPES, STEPS, Counting, draw
 
 INK = (28, 28, 32)  # of the background
@@ -216,5 +216,7 @@ def test_the_trainer_knows_no_task(kind, source, tmp_path):
     assert (row["point_f1"] is not None) == (kind is ColourTask)
     assert not torch.equal(before, policy.head_weight)
     again = task.new_policy()
+    with pytest.raises(UserError, match=f"the task {kind.__name__}, not Counting"):
+        ptdpo.measure_base(again, Counting(), c, tmp_path)
     assert ptdpo.load_checkpoint(tmp_path / "checkpoint.safetensors", again) == 2
     assert torch.equal(again.head_weight, policy.head_weight)

@@ -35,8 +35,9 @@ class Grade:
 class Task(Protocol):
     """What a task must offer.
 
-    Two more methods are optional. `mistakes(problem, words)` marks the wrong tokens of an answer,
-    for the metric credit. `ways(problem)` counts the right answers, for the metric ways.
+    More methods are optional. `new_policy(seed)` makes the model of a run without --model.
+    `mistakes(problem, words)` marks the wrong tokens of an answer, for the metric credit.
+    `ways(problem)` counts the right answers, for the metric ways.
     """
 
     max_tokens: int  # longest answer
