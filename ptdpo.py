@@ -98,7 +98,8 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
     policy is the student, which learns. ref is the frozen base model. It is the reference of the
     KL and, with a hint in its prompt, the teacher. layers: a list with the index of the layer whose
     attention best finds the known targets of calibration problems (measure_base), empty unless
-    `--hint attention`. Returns the metrics of the step and, for samples.jsonl, one group in full.
+    PTD-PO has `--hint attention`. Returns the metrics of the step and, for samples.jsonl, one group
+    in full.
     """
     # Problems and sampling noise depend on the seed and the step alone (common random numbers):
     # both methods, and a run that was resumed, meet the same ones.
@@ -349,8 +350,8 @@ class Hint:
 def build_hints(ref, task, rollout, relevance, config, key):
     """One Hint a group: where to look (the M regions of highest score), and which steps to take.
 
-    A hint must not contain the solution. Every hint names M regions, however many matter, so the
-    list cannot state a count. The steps are the task's advice in words, left out if `spoils` finds
+    A hint must not contain the solution. A list of regions has M of them, however many matter, so
+    it cannot state a count. The steps are the task's advice in words, left out if `spoils` finds
     the solution in them.
 
         attention   regions that the reference looked at most while it read the answers
@@ -565,7 +566,7 @@ def token_weights(batch, config, distill_weight):
 
 
 def token_columns(policy, hidden, part, config):
-    """What token_losses needs to know of each token, without padding, by name [tokens]."""
+    """What token_losses needs to know of each token, without padding, by name [tokens, ...]."""
     mask = part.mask
     columns = {
         "targets": part.completion[mask],
@@ -737,7 +738,7 @@ def even_cuts(count, parts):
 
 # ---------------------------------------------------------------------------- metrics and monitor
 METRICS = {
-    "step": "training steps so far; all other metrics of a row are over the whole step",
+    "step": "number of the training step",
     "reward": "mean reward of the sampled answers",
     "solved": "share of sampled answers that are solved",
     "groups_all_failed": "share of groups without a solved answer; GRPO learns little from them",
@@ -973,7 +974,7 @@ class Config:
     algorithm: str = knob("grpo", "form of the policy loss", "grpo", "dapo", "gspo")
     lr: float = knob(3e-4, "learning rate of AdamW, constant", least=0)
     updates_per_batch: int = knob(1, "updates that a batch is split into", least=1)
-    micro_batch: int = knob(0, "groups in a pass, 0: all; saves memory, changes nothing", least=0)
+    micro_batch: int = knob(0, "groups whose activations are held at once, 0: all", least=0)
     policy_weight: float = knob(1.0, "weight of the policy loss; 0: distillation alone", least=0)
     kl_weight: float = knob(0.01, "beta, weight of the KL to the reference", least=0)
     kl_on: str = knob("all", "groups under the KL (released: untutored)", "all", "untutored")
@@ -1052,7 +1053,7 @@ def train(policy, task, config, folder):
     """Train a run from where it is: step, measure, log, save.
 
     A run is a folder with run.json, metrics.jsonl, samples.jsonl and checkpoint.safetensors.
-    UserError after three steps that left out an update, SystemExit after a signal.
+    UserError after three steps in a row that left out an update, SystemExit after a signal.
     """
     # The reference is the policy as it was at the start, also for a run that is resumed.
     ref = policy.frozen_copy()
@@ -1118,7 +1119,7 @@ def measure_base(policy, task, config, folder):
 
 
 def fingerprint(policy):
-    """SHA-256 of up to 65,536 values of each weight, evenly spread."""
+    """SHA-256 of at most 131,071 values of each weight, evenly spread."""
     digest = hashlib.sha256()
     for name, p in policy.named_parameters():
         values = p.detach().flatten()[:: max(1, p.numel() // 65536)].float()
@@ -1208,7 +1209,7 @@ def load_checkpoint(path, policy, optimizer=None):
 
 
 def sample_row(policy, rollout, hints, relevance, values, config):
-    """One group in full: problem, answers, hint, where they looked, JSD of each token."""
+    """One group in full: problem, answers, hint, where the reference looked, JSD of each token."""
     problem = rollout.problems[0]
     group = len(rollout.texts[0])
     lengths = rollout.mask[:group].sum(1).tolist()
@@ -1291,7 +1292,7 @@ def runs_in(folder):
 
 
 def read_run(folder):
-    """run.json of a run. UserError if it is torn, or of another version."""
+    """run.json of a run. UserError if it is missing, torn, or of another version."""
     path = folder / "run.json"
     try:
         run = json.loads(path.read_text())
@@ -1329,7 +1330,7 @@ def load_policy(config, task):
 def run(folder, task=None, steps=None):
     """Train a run, made by create_run, from where it is. A signal lets it finish its step and save.
 
-    task: your own, each time the run is continued, or None for that of its settings.
+    task: None for the task that the settings name. A task of your own must be given each time.
     """
     STOP.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1499,7 +1500,7 @@ class HFPolicy(torch.nn.Module):
         return answers
 
     def forward(self, prompts, completion, mask, layers=()):
-        """Read given answers -> hidden float32 [N, T, H], attention to the regions."""
+        """Read given answers -> hidden float32 [N, T, H], attention to regions [B] of [L, G, R]."""
         G = len(completion) // len(prompts)
         groups = zip(prompts, completion.split(G), mask.split(G))
         with self.running():  # once for all groups, which then share the weights in self.dtype
@@ -1635,7 +1636,7 @@ def load_model(config, dtype):
     except Exception as error:  # a broken folder can fail in a dozen ways
         mend = "give a folder or a hub name"
         if isinstance(error, ImportError):
-            mend = f"pip install {error.name}" if error.name else "mend it"
+            mend = f"pip install {error.name}" if error.name else "mend the installation"
         raise UserError(f"--model {name}: {error!s:.300}; {mend}") from error
 
 

@@ -6,8 +6,8 @@
 
 Prints the parts in GB (10^9 bytes) and the sum at the peak of a step. If the card has less, it
 names flags that would make it fit. On a GPU a number in a matrix product has 2 bytes, with --cpu 4.
-docs/real_model.md derives the formula. It leaves out what CUDA itself takes, gaps between blocks of
-memory, and the activations of --train-vision.
+docs/real_model.md lists the large parts. The sum leaves out what CUDA itself takes, gaps between
+blocks of memory, and the activations of --train-vision.
 """
 
 import argparse

@@ -46,8 +46,8 @@ class Task(Protocol):
     def problem(self, split: str, seed: int, index: int) -> Problem:
         """A problem, which depends on the three alone.
 
-        The splits train, validation, test and calibration share no problem. Calibration problems
-        have targets: layers are ranked by them.
+        No problem of train or calibration is in another split. Calibration problems have targets:
+        layers are ranked by them.
         """
 
     def grade(self, problem: Problem, text: str, finished: bool) -> Grade:
