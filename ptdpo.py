@@ -66,6 +66,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -147,8 +148,8 @@ class Policy(Protocol):
     Pixels, padding, positions and caches are hidden behind it. It is a torch.nn.Module.
     """
 
-    stop_ids: list[int]  # tokens that end an answer
-    suppress_ids: list[int]  # tokens that no answer may hold, such as those for pictures
+    stop_ids: Sequence[int]  # tokens that end an answer
+    suppress_ids: Sequence[int]  # tokens that no answer may hold, such as those for pictures
     num_layers: int
     head_weight: torch.Tensor  # [V, H], the parameter that turns hidden states into logits
 
@@ -502,7 +503,8 @@ def topk_jsd(student_logits, teacher_logits, k, divergence="jsd"):
 
     Logits [..., V] -> [...] in nats, from 0 to ln 2. Never above the exact JSD, and equal to it at
     k >= V. The gradient goes to the student alone. float32 is good to about 2e-6 nats: below that
-    the value is noise, and may be negative. Source: the paper's Top-K JSD, and departure 2.
+    the value is noise, and may be negative. Source: the paper's Top-K JSD, and departure 2. With
+    another divergence it is that one over the same buckets; the KLs have no upper bound.
     """
     teacher_logits = teacher_logits.detach()
     k = min(k, student_logits.shape[-1])
@@ -526,9 +528,8 @@ def bucket_log_probs(logits, ids, repeated):
     """
     listed = logits.gather(-1, ids).masked_fill(repeated, FLOOR)
     rest = logits.scatter(-1, ids, FLOOR).logsumexp(-1, keepdim=True)
-    return (
-        torch.cat([listed, rest], -1).log_softmax(-1).clamp_min(FLOOR)
-    )  # a model's own logits may be -inf
+    # A model's own logits may be -inf.
+    return torch.cat([listed, rest], -1).log_softmax(-1).clamp_min(FLOOR)
 
 
 def entropy(logits):
@@ -618,7 +619,7 @@ def update(policy, ref, optimizer, batch, config, step):
     """Move the weights: `updates_per_batch` steps of AdamW, each on its share of the groups.
 
     Returns log-prob, entropy, KL and JSD of each token by name [N, T]; the mean norm of the
-    gradients before clipping; and how many updates were left out, their gradient not being finite.
+    gradients before clipping, None if one was not finite; and how many updates that left out.
     """
     distill_weight = config.distill_weight
     if config.distill_decay:
@@ -723,7 +724,7 @@ def product(a, b):
 
 
 def add_product(total, a, b):
-    """total += a @ b; on a CPU without a temporary [V, H], which takes as long as the product."""
+    """total += a @ b; on a CPU without a temporary matrix of the size of total."""
     if total.is_cuda:
         total += product(a, b)
     else:
@@ -752,7 +753,7 @@ METRICS = {
     "entropy_solved": "the same over solved answers; null if there are none",
     "answer_entropy": "entropy summed over the tokens of an answer, mean over answers, in nats",
     "entropy_slope": "change of entropy a step, least squares over the last 10 steps",
-    "grad_norm": "norm of the gradient before clipping, mean over the updates of the step",
+    "grad_norm": "mean norm of the gradient before clipping; null if one was not finite",
     "skipped": "updates that were left out because their gradient was not finite",
     "completion_length": "mean tokens of an answer, its end included",
     "hint_recall": "share of the true targets among the hinted regions, by chance M/R; or null",

@@ -211,7 +211,7 @@ class TinyVLM(nn.Module):
                 weights = mask / mask.sum(1, keepdim=True)
                 looks.append((to_patches * weights[..., None]).sum(1))
         hidden = torch.cat([hidden, self.norm(x)], 1)
-        return hidden, torch.stack(looks).split(repeats, 1) if looks else []
+        return hidden, list(torch.stack(looks).split(repeats, 1)) if looks else []
 
 
 def pick(logits, uniforms, greedy):

@@ -152,7 +152,7 @@ def spoils(text, answer):
 
 
 def open_picture(path, check=False):
-    """A picture in RGB, on white, turned as its EXIF data says; check reads its header alone.
+    """A picture in RGB, on white, turned as its EXIF data says; check decodes no pixels.
 
     Raises ValueError with the reason if the file cannot be used.
     """
@@ -182,7 +182,7 @@ def open_picture(path, check=False):
 class FreeText:
     """A task answered in free text; it poses counting scenes, with the places of their matches.
 
-    The reward is 0.1 for an answer that is found and 0.9 if it is right, or that of one's own
+    The reward is 0.1 for an answer that is found and 0.9 more if it is right, or that of one's own
     function of (problem, text), named as `module:function`. An unfinished answer gets 0.
     """
 
