@@ -16,7 +16,7 @@ from experiments import summaries
 from experiments.reproduce import describe_call, make_parser, settings_of, shared, train_all
 
 RATES = (1e-4, 3e-4, 1e-3)
-LAMBDAS = (0.3, 1.0, 3.0, 10.0)
+LAMBDAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def try_values(arms, name, values, chosen, seeds, given):
