@@ -80,55 +80,49 @@ def find_failure(rows):
 
 
 def draw_tutoring(folder, run, path):
-    """Draw a failed answer: picture, where its group looked, hinted regions, JSD of each token.
-
-    Returns whether there was such an answer. A run of GRPO has none.
-    """
+    """Draw a failed answer of a run; whether there was one. A run of GRPO has none."""
     found = find_failure(read_rows(folder / "samples.jsonl"))
-    if not found:
-        return False
-    row, g = found
-    relevance = row["relevance"] or []
-    if run["config"]["model"]:
-        relevance = relevance[:PLACES]  # the map may span several pictures
+    if found:
+        figure = Figure(figsize=(13, 4.5), layout="constrained")
+        # A Qwen model may have seen several pictures. The first is drawn.
+        show_answer(figure.subplots(1, 3), *found, PLACES if run["config"]["model"] else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the font lacks some signs
+            figure.savefig(path, dpi=80)
+    return found is not None
+
+
+def show_answer(axes, row, g, places=None):
+    """Answer g of a row: the picture; where its group looked, hinted regions framed; its JSD.
+
+    places: how many values of the relevance belong to the picture, None for all of them.
+    """
+    left, middle, right = axes
     picture = Image.open(io.BytesIO(base64.b64decode(row["pictures"][0])))
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    left.imshow(picture)
     question = row["question"].split("\n")[0][:80]
     title = f"{question} {row['answer']}. Answered:\n{row['texts'][g][:80]}"
     left.set_title(title, fontsize=9, parse_math=False)
-    left.axis("off")
-    show_attention(middle, picture, relevance, row["hint"]["regions"])
+    middle.set_title("where the reference looked\nwhite: hinted to the teacher", fontsize=9)
+    for axis in (left, middle):
+        axis.imshow(picture)
+        axis.axis("off")
+    relevance = (row["relevance"] or [])[:places]
+    side = math.isqrt(len(relevance))
+    if side:
+        heat = [relevance[i : i + side] for i in range(0, len(relevance), side)]
+        extent = (0, picture.width, picture.height, 0)
+        middle.imshow(heat, extent=extent, cmap="inferno", alpha=0.6)
+        size = (picture.width / side, picture.height / side)
+        for region in row["hint"]["regions"]:
+            corner = (region % side * size[0], region // side * size[1])
+            if region < len(relevance):
+                middle.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white"))
     jsd = row["jsd"][g][:SHOWN]
     shades = [(1, 1 - min(1, max(0, value) / math.log(2)), 0.3) for value in jsd]
     right.barh(range(len(jsd)), jsd, color=shades, edgecolor="grey")
     right.set_yticks(range(len(jsd)), row["tokens"][g][:SHOWN], parse_math=False)
     right.invert_yaxis()
-    right.set_title("JSD of each token, student against tutored teacher", fontsize=9)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the font lacks some signs
-        figure.savefig(path, dpi=80)
-    return True
-
-
-def show_attention(axis, picture, relevance, regions):
-    """A picture under its relevance map [R], a square grid, with the hinted regions framed."""
-    axis.imshow(picture)
-    axis.axis("off")
-    axis.set_title("where the reference looked\nwhite: hinted to the teacher", fontsize=9)
-    side = math.isqrt(len(relevance))
-    if side == 0:
-        return
-    heat = [relevance[row * side : row * side + side] for row in range(side)]
-    extent = (0, picture.width, picture.height, 0)
-    axis.imshow(heat, extent=extent, cmap="inferno", alpha=0.6)
-    width = picture.width / side
-    height = picture.height / side
-    for region in regions:
-        if region < side * side:
-            corner = (region % side * width, region // side * height)
-            axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white"))
+    right.set_title("JSD of each token,\nstudent against teacher", fontsize=9)
 
 
 def steps_to(rows, goal):

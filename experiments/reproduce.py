@@ -20,9 +20,9 @@ import subprocess
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ def is_finished(settings, folder):
 
 
 def train_run(settings, folder):
-    """Train a run from where it is."""
+    """Train a run from where it is, silent but for mistakes of the user."""
     ptdpo.DIVERGENCES |= CONTROLS
     if not (folder / "run.json").exists():
         config = config_of(settings)
@@ -99,7 +99,8 @@ def train_run(settings, folder):
             continue_run(folder.parents[1] / settings["start"] / folder.name, folder, config)
         else:
             ptdpo.create_run(config, folder)
-    ptdpo.run(folder)
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+        ptdpo.run(folder)
 
 
 def continue_run(start, folder, config):
@@ -111,51 +112,33 @@ def continue_run(start, folder, config):
     aside.rename(folder)
 
 
-def in_child(settings, folder):
-    """Train a run in a process of its own, silent but for mistakes of the user."""
-
-    def silently():
-        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-            train_run(settings, folder)
-
-    sys.exit(ptdpo.guard(silently))
+def train_in_child(job):
+    """Train a run in a process of its own. SystemExit if it fails, or is stopped."""
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=ptdpo.leave, args=(ptdpo.guard, train_run, *job))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise SystemExit(child.exitcode)
 
 
 def train_all(jobs, processes):
-    """Train runs that are not finished, (settings, folder) each, some at a time.
+    """Train runs that are not finished, (settings, folder) each, some at a time."""
 
-    SystemExit if one fails.
-    """
-    jobs = [job for job in jobs if not is_finished(*job)]
-    jobs = sorted(jobs, key=lambda job: "start" in job[0])
-    context = multiprocessing.get_context("spawn")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    running = []
-    try:
-        for settings, folder in tqdm(jobs, "runs"):
-            # A run that goes on from another waits until all of these are finished.
-            while len(running) >= (1 if "start" in settings else processes):
-                running = wait_for_one(running)
-            child = context.Process(target=in_child, args=(settings, folder))
-            child.start()
-            running.append(child)
-        while running:
-            running = wait_for_one(running)
-    finally:
-        for child in running:
+    def stop(number, _):
+        for child in multiprocessing.active_children():
             child.terminate()  # it finishes its step, and saves
-        for child in running:
-            child.join()
+        sys.exit(128 + number)
 
-
-def wait_for_one(running):
-    """Wait until a process ends -> those that go on. SystemExit if it failed."""
-    wait([child.sentinel for child in running])
-    for child in running:
-        child.join(0)
-        if child.exitcode:
-            raise SystemExit(child.exitcode)
-    return [child for child in running if child.is_alive()]
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    jobs = [job for job in jobs if not is_finished(*job)]
+    # A run that goes on from another waits until all of these are finished.
+    first = [job for job in jobs if "start" not in job[0]]
+    later = [job for job in jobs if "start" in job[0]]
+    with ThreadPoolExecutor(processes) as threads:
+        for some in (first, later):
+            list(tqdm(threads.map(train_in_child, some), "runs", len(some)))
 
 
 # ---------------------------------------------------------------------------------------- summary
@@ -230,13 +213,6 @@ def describe_call(name, began):
     }
 
 
-def reproduce(given):
-    """Run the experiments that the command line names."""
-    names = list(EXPERIMENTS) if given.name == "all" else [given.name]
-    for name in names:
-        run_experiment(name, given)
-
-
 def make_parser(name, out):
     """Flags of reproduce.py and tune.py."""
     parser = argparse.ArgumentParser(f"experiments.{name}")
@@ -253,7 +229,9 @@ def main(argv=None):
     """Entry point -> exit code."""
     parser = make_parser("reproduce", "runs/reproduce")
     parser.add_argument("name", choices=["all", *EXPERIMENTS])
-    return ptdpo.guard(lambda: reproduce(parser.parse_args(argv)))
+    given = parser.parse_args(argv)
+    names = list(EXPERIMENTS) if given.name == "all" else [given.name]
+    return ptdpo.guard(lambda: [run_experiment(name, given) for name in names])
 
 
 if __name__ == "__main__":

@@ -1,21 +1,15 @@
 """Judge claims on finished runs, and draw what was found.
 
-    python -m experiments.summaries DIR...    draw again from DIR/summary.json, and print the claims
-
 Everything is read from files: nothing is trained, and nothing of the program is imported.
 """
 
-import base64
-import io
 import json
 import math
-import sys
-from pathlib import Path
+from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
-from PIL import Image
 
-from experiments.figures import read_rows, show_attention
+from experiments.figures import read_rows, show_answer
 
 LAST = """accuracy point_f1 right_reason entropy answer_entropy pass_1 pass_8 ways completion_length
     groups_all_failed groups_mixed groups_all_solved""".split()
@@ -39,27 +33,22 @@ def score(run, rows):
     for name in MEANS:
         found[name] = mean([row.get(name) for row in rows[1:]])
     found["area"] = mean([row.get("accuracy") for row in rows[1:]])
-    found["base"] = run["base"]
-    found["teacher"] = run["teacher"]
     found["seconds"] = sum(row["seconds"] for row in rows[1:])
-    return found
+    return found | {"base": run["base"], "teacher": run["teacher"]}
 
 
 def mean(values):
     """Mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return fmean(known) if known else None
 
 
 def interval(values):
-    """Mean and half-width of its 95 % t-interval."""
+    """Mean and half-width of its 95 % t-interval, of at most ten values."""
     n = len(values)
-    centre = sum(values) / n
     if n == 1:
-        return centre, math.inf
-    variance = sum((value - centre) ** 2 for value in values) / (n - 1)
-    quantile = T95[n - 2] if n <= 10 else 1.96
-    return centre, quantile * math.sqrt(variance / n)
+        return values[0], math.inf
+    return fmean(values), T95[n - 2] * stdev(values) / math.sqrt(n)
 
 
 def judge_claim(claim, found):
@@ -69,66 +58,67 @@ def judge_claim(claim, found):
     other arm may be "teacher" or "base": what these of the same run scored. found: by arm, the
     numbers of each seed. A seed in which one of the two is unknown is left out.
     """
-    text, measure, arm, sign, other = claim[:5]
-    pairs = []
+    text, measure, arm, sign, other, *bar = claim
+    ours = []
+    theirs = []
     for i, row in enumerate(found[arm]):
         rival = row[other] if other in ("teacher", "base") else found[other][i]
-        pairs.append((row.get(measure), (rival or {}).get(measure)))
-    pairs = [pair for pair in pairs if None not in pair]
+        if rival and None not in (row.get(measure), rival.get(measure)):
+            ours.append(row[measure])
+            theirs.append(rival[measure])
     judged = {"text": text, "measure": measure, "arm": arm, "sign": sign, "other": other}
-    judged |= {"seeds": len(pairs), "verdict": "no value"}
-    if len(pairs) < 2:
+    judged |= {"seeds": len(ours), "verdict": "no value"}
+    if len(ours) < 2:
         return judged
-    difference, half = interval([a - b for a, b in pairs])
+    difference, half = interval([a - b for a, b in zip(ours, theirs)])
     judged |= {"difference": difference, "half_width": half, "verdict": "not resolved"}
-    judged["arm_mean"] = mean([a for a, _ in pairs])
-    judged["other_mean"] = mean([b for _, b in pairs])
+    judged |= {"arm_mean": fmean(ours), "other_mean": fmean(theirs)}
     if abs(difference) > half:
         judged["verdict"] = "agrees" if (difference > 0) == (sign == ">") else "differs"
-    if len(claim) > 5:
-        judged["bar"] = claim[5]
-        judged["reached"] = difference >= claim[5]
+    if bar:
+        judged |= {"bar": bar[0], "reached": difference >= bar[0]}
     return judged
+
+
+def summarise(found, experiment):
+    """What was found, by arm a list over seeds, with the verdict on each claim."""
+    claims = [judge_claim(claim, found) for claim in experiment["claims"]]
+    return {"by_seed": found, "claims": claims}
 
 
 def summarise_runs(runs, experiment):
     """Runs by arm, a list over seeds -> scores, claims and curves."""
     found = {arm: [score(*run) for run in runs[arm]] for arm in runs}
-    rows = {arm: [rows for _, rows in runs[arm]] for arm in runs}
     curves = {}
     for panel in experiment["panels"].split():
-        curves[panel] = {arm: make_curve(rows[arm], panel) for arm in runs}
-    seconds = [row["seconds"] for arm in runs for row in found[arm]]
-    claims = [judge_claim(claim, found) for claim in experiment["claims"]]
-    return {
-        "commits_of_runs": sorted({run["commit"] for arm in runs for run, _ in runs[arm]}),
-        "minutes_of_runs": sum(seconds) / 60,
+        curves[panel] = {arm: make_curve(runs[arm], panel) for arm in runs}
+    every = [run for arm in runs for run, _ in runs[arm]]
+    summary = {
+        "commits_of_runs": sorted({run["commit"] for run in every}),
+        "minutes_of_runs": sum(row["seconds"] for arm in found for row in found[arm]) / 60,
         "settings": {arm: runs[arm][0][0]["config"] for arm in runs},
-        "by_seed": found,
-        "claims": claims,
-        "curves": curves,
     }
-
-
-def summarise_values(found, experiment):
-    """Values by label, a list over seeds -> means with intervals, and claims."""
-    bars = {}
-    for panel in experiment["panels"].split():
-        columns = {label: [row.get(panel) for row in rows] for label, rows in found.items()}
-        known = {label: column for label, column in columns.items() if None not in column}
-        bars[panel] = {label: interval(column) for label, column in known.items()}
-    claims = [judge_claim(claim, found) for claim in experiment["claims"]]
-    return {"by_seed": found, "claims": claims, "bars": bars}
+    return summary | summarise(found, experiment) | {"curves": curves}
 
 
 def make_curve(runs, name):
     """(step, mean, half-width) of a metric at each step at which all runs know it."""
     points = []
-    for rows in zip(*runs):
+    for rows in zip(*(rows for _, rows in runs)):
         values = [row.get(name) for row in rows]
         if None not in values:
             points.append((rows[0]["step"], *interval(values)))
     return points
+
+
+def summarise_values(found, experiment):
+    """Values by label, a list over seeds -> claims, and means with intervals."""
+    bars = {}
+    for panel in experiment["panels"].split():
+        columns = {label: [row.get(panel) for row in rows] for label, rows in found.items()}
+        known = {label: column for label, column in columns.items() if None not in column}
+        bars[panel] = {label: interval(column) for label, column in known.items()}
+    return summarise(found, experiment) | {"bars": bars}
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -136,20 +126,19 @@ def draw_summary(folder):
     """Draw DIR/figure.png, and hero.png where there is an example, from DIR/summary.json."""
     summary = json.loads((folder / "summary.json").read_text())
     panels = summary.get("curves") or summary.get("bars")
-    draw = draw_bands if summary.get("curves") else draw_bars
     if not panels:
         known = [c for c in summary["claims"] if c["verdict"] != "no value"]
-        gains = {c["text"]: (c["difference"], c["half_width"]) for c in known}
-        panels = {"difference": gains}
+        panels = {"difference": {c["text"]: (c["difference"], c["half_width"]) for c in known}}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
+    axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (name, arms) in zip(axes, panels.items()):
         axis.set_title(name)
-        draw(axis, arms)
+        if summary.get("curves"):
+            draw_bands(axis, arms)
+        else:
+            draw_bars(axis, arms)
     seeds = len(summary["seeds"])
     figure.suptitle(f"{summary['name']}: mean and 95 % interval over {seeds} seeds")
     figure.savefig(folder / "figure.png", dpi=80)
@@ -172,34 +161,23 @@ def draw_bands(axis, arms):
 
 def draw_bars(axis, arms):
     """One bar an arm, with its interval; arms: (mean, half-width) by name."""
-    places = range(len(arms))
-    axis.barh(places, [m for m, _ in arms.values()], xerr=[h for _, h in arms.values()])
-    axis.set_yticks(places, arms, fontsize=7)
+    middle, half = zip(*arms.values())
+    axis.barh(range(len(arms)), middle, xerr=half)
+    axis.set_yticks(range(len(arms)), arms, fontsize=7)
     axis.invert_yaxis()
 
 
 def draw_hero(summary, path):
     """README's picture: a failed answer, where it looked, its JSD, and the curves."""
-    row, answer = summary["example"]
-    jsd = row["jsd"][answer]
-    picture = Image.open(io.BytesIO(base64.b64decode(row["pictures"][0])))
     figure = Figure(figsize=(14, 4), layout="constrained")
-    first, second, third, fourth = figure.subplots(1, 4, width_ratios=(1, 1, 0.8, 1.9))
-    first.imshow(picture)
-    title = f"{row['question']} {row['answer']}\nfailed: {row['texts'][answer]}"
-    first.set_title(title, fontsize=9)
-    first.axis("off")
-    show_attention(second, picture, row["relevance"], row["hint"]["regions"])
-    third.barh(range(len(jsd)), jsd, color="C1")
-    third.set_yticks(range(len(jsd)), row["tokens"][answer], fontsize=8)
-    third.invert_yaxis()
-    third.set_title("JSD of each token\nto the tutored teacher", fontsize=9)
+    *answer, last = figure.subplots(1, 4, width_ratios=(1, 1, 0.8, 1.9))
+    show_answer(answer, *summary["example"])
     curves = summary["curves"]["accuracy"]
-    draw_bands(fourth, {label: curves[arm] for arm, label in HERO.items()})
+    draw_bands(last, {label: curves[arm] for arm, label in HERO.items()})
     teacher = mean([seed["teacher"]["accuracy"] for seed in summary["by_seed"]["ptdpo"]])
-    fourth.axhline(teacher, color="black", linestyle="--", label="tutored teacher")
-    fourth.set(title="held-out accuracy, 95 % interval", ylim=(0, 1))
-    fourth.legend(fontsize=8)
+    last.axhline(teacher, color="black", linestyle="--", label="tutored teacher")
+    last.set(title="held-out accuracy, 95 % interval", ylim=(0, 1))
+    last.legend(fontsize=8)
     figure.savefig(path, dpi=80)
 
 
@@ -218,18 +196,3 @@ def list_claims(claims):
             verdict += f"; {c['bar']:+.2f} {'reached' if c['reached'] else 'missed'}"
         lines.append(f"| {c['text']} | {c['measure']} | {arms} | {difference} | {verdict} |")
     return "\n".join(lines)
-
-
-def main(argv=None):
-    """Entry point -> exit code."""
-    for folder in map(Path, sys.argv[1:] if argv is None else argv):
-        if not (folder / "summary.json").exists():
-            print(f"{folder}: no summary.json in it; make one by reproduce", file=sys.stderr)
-            return 2
-        draw_summary(folder)
-        print(list_claims(json.loads((folder / "summary.json").read_text())["claims"]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,47 +21,41 @@ LAMBDAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 def try_values(arms, name, values, chosen, seeds, given):
     """Train arms with each value of a setting -> rows of arm, settings, mean accuracy and area."""
-    trials = []
+    rows = []
     jobs = []
     for arm in arms:
         for value in values:
-            changes = chosen.get("ptdpo", {}) | {name: value}
+            changes = chosen["ptdpo"] | {name: value}
             label = "-".join([arm, *(f"{key}-{changes[key]:g}" for key in sorted(changes))])
-            folders = [given.out / "runs" / label / str(seed) for seed in seeds]
-            trials.append((arm, changes, folders))
-            for seed, folder in zip(seeds, folders):
+            rows.append({"arm": arm, "settings": changes, "folder": given.out / "runs" / label})
+            for seed in seeds:
                 settings = settings_of(arm, {}) | changes | {"seed": seed}
-                jobs.append((settings | shared(settings, given), folder))
+                jobs.append((settings | shared(settings, given), rows[-1]["folder"] / str(seed)))
     train_all(jobs, given.jobs)
-    rows = []
-    for arm, changes, folders in trials:
-        scores = [summaries.score(*summaries.read_run(folder)) for folder in folders]
-        means = {n: summaries.mean([row[n] for row in scores]) for n in ("accuracy", "area")}
-        rows.append({"arm": arm, "settings": changes, **means})
+    for row in rows:
+        folder = row.pop("folder")
+        scores = [summaries.score(*summaries.read_run(folder / str(seed))) for seed in seeds]
+        row |= {n: summaries.mean([found[n] for found in scores]) for n in ("accuracy", "area")}
     return rows
 
 
 def choose(rows):
     """The best settings of each arm."""
-    best = {}
-    for row in sorted(rows, key=lambda row: (row["accuracy"], row["area"])):
-        best[row["arm"]] = row["settings"]
-    return best
+    rows = sorted(rows, key=lambda row: (row["accuracy"], row["area"]))
+    return {row["arm"]: row["settings"] for row in rows}
 
 
 def tune(given):
     """Both stages."""
     began = time.time()
-    seeds = range(min(given.seeds, 5))
+    seeds = list(range(min(given.seeds, 5)))
     usual = {"ptdpo": {"distill_weight": 1.0}}
     rates = try_values(("grpo", "ptdpo", "distil_only"), "lr", RATES, usual, seeds, given)
     chosen = choose(rates)
-    found = {"chosen": chosen, "rates": rates, "lambdas": [], "seeds": list(seeds)}
-    ptdpo.write_json(given.out / "tune.json", found | describe_call("tune", began))
     divergences = ("ptdpo", "forward_kl", "reverse_kl")
     lambdas = try_values(divergences, "distill_weight", LAMBDAS, chosen, seeds, given)
     chosen |= choose(lambdas)
-    found |= {"chosen": chosen, "lambdas": lambdas}
+    found = {"chosen": chosen, "rates": rates, "lambdas": lambdas, "seeds": seeds}
     ptdpo.write_json(given.out / "tune.json", found | describe_call("tune", began))
     for row in rates + lambdas:
         mark = "chosen" if chosen[row["arm"]] == row["settings"] else ""
