@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import helpers
 
 import ptdpo
+from experiments import figures
 from toy_tasks.counting import Counting
 
 torch.set_num_threads(1)
@@ -54,6 +55,12 @@ def signals():
     """For tests that run training in this process."""
     with handlers_kept():
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take longer than these runs."""
+    monkeypatch.setattr(figures, "finish", lambda folders: None)
 
 
 @pytest.fixture(scope="session")

@@ -52,20 +52,7 @@ def test_known_to_be_graded_wrongly():
 def test_hostile_answers(length):
     """They cost little, are wrong, and leave no alarm behind."""
     before = signal.getsignal(signal.SIGALRM)
-    for start in [
-        "9",
-        "^9",
-        "}",
-        "(",
-        "\\sqrt{",
-        "\\boxed{",
-        "\\frac",
-        "\\",
-        "!",
-        "x^9+",
-        "1/",
-        "{",
-    ]:
+    for start in r"9 ^9 } ( \sqrt{ \boxed{ \frac \ ! x^9+ 1/ {".split():
         answer = (start * length)[: length - 1] + "5"
         assert not matches(answer, "5") and not matches(answer, "\\sqrt{2}x"), start
         assert extract("\\boxed{" + answer) in (None, ""), start
@@ -139,16 +126,12 @@ def test_own_reward(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the spoiler rule
 
 
-@pytest.mark.parametrize(
-    ("kind", "caught"), [("spoiled", True), ("harmless", False), ("missed", False)]
-)
-def test_spoiler_rule(kind, caught):
+@pytest.mark.parametrize("kind", ["spoiled", "harmless", "missed"])
+def test_spoiler_rule(kind):
     """What is caught, what may stay, and what the rule is known to miss."""
     for hint, answer in CASES[kind]:
-        assert free_text.spoils(hint, answer) is caught, (hint, answer)
-    assert not any(
-        free_text.spoils(STEPS, answer) for answer in ("1", "A", "0", "one", "B", "circle")
-    )
+        assert free_text.spoils(hint, answer) is (kind == "spoiled"), (hint, answer)
+    assert not any(free_text.spoils(STEPS, answer) for answer in "1 A 0 one B circle".split())
 
 
 def test_good_hints_pass():
@@ -382,11 +365,8 @@ def test_counting_in_words():
             at = (int(1.5 * (top + bottom) / 335), int(1.5 * (left + right) / 335))
             places.add(3 * at[0] + at[1])
         assert problem.targets == sorted(places) and task.put(scene) == problem
-    assert len(free_text.PLACES) == 9 and free_text.PLACES[3:6] == [
-        "centre left",
-        "centre",
-        "centre right",
-    ]
+    assert len(free_text.PLACES) == 9
+    assert free_text.PLACES[3:6] == ["centre left", "centre", "centre right"]
 
 
 def test_hint_text():

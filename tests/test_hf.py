@@ -475,18 +475,6 @@ def test_precisions(folder, prompts, answers, monkeypatch, rank):
         assert held and len(kept) == 3 * 3  # of three layers: gate, up and down
 
 
-def test_products_keep_the_digits_of_logits():
-    """bfloat16 operands, float32 result: as exact as float32 can be."""
-    stream = torch.Generator().manual_seed(0)
-    a = torch.randn(50, 300, generator=stream).bfloat16()
-    b = torch.randn(300, 70, generator=stream).bfloat16()
-    for left in (a, a.float()):
-        found = ptdpo.product(left, b)
-        assert found.dtype == torch.float32
-        assert (found - a.double() @ b.double()).abs().max() < 1e-4
-    assert ptdpo.product(a.double(), b).dtype == torch.float64
-
-
 def test_decoding_seldom_waits_for_the_gpu(policy, prompts, monkeypatch):
     """64 tokens more: at most 4 questions to the device, and nothing that is sent to it."""
     names = "tensor as_tensor from_numpy __bool__ __int__ item tolist nonzero cpu numpy".split()

@@ -13,18 +13,11 @@ from helpers import ROOT, contents, rows, timeless
 from PIL import Image
 
 import ptdpo
-from experiments import figures
 from ptdpo import main
 
 pytestmark = pytest.mark.usefixtures("signals", "undrawn")
 SMALL = """--steps 3 --prompts 2 --group 4 --max-tokens 12 --max-pixels 20000 --eval-problems 2
     --eval-every 2 --save-every 2 --top-k 5 --lr 1e-3"""
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pictures take longer than these runs."""
-    monkeypatch.setattr(figures, "finish", lambda folders: None)
 
 
 def write_data(path):

@@ -14,17 +14,10 @@ from helpers import ROOT, contents, rows, start, timeless
 from safetensors.torch import load_file
 
 import ptdpo
-from experiments import figures
 from ptdpo import main
 from tiny_vlm import TinyVLM
 
 pytestmark = pytest.mark.usefixtures("signals", "undrawn")
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pictures take longer than these runs."""
-    monkeypatch.setattr(figures, "finish", lambda folders: None)
 
 
 class Killed(BaseException):
