@@ -88,8 +88,9 @@ from toy_tasks.free_text import PLACES, FreeText, JsonlTask, spoils
 
 HERE = Path(__file__).resolve().parent
 CHUNK = 256  # tokens whose logits [n, V] exist at a time
-# RANK, RANKS, together() and over_ranks() belong to torchrun and stand near the end. In one process
-# RANK is 0, RANKS is 1, together() does nothing, and over_ranks(x) is x.
+# RANK, RANKS, together(), over_ranks(), gather() and sum_gradients() belong to torchrun and stand
+# near the end. In one process RANK is 0 and RANKS is 1, and the functions do nothing: over_ranks(x)
+# and gather(x) are x.
 
 
 # --------------------------------------------------------------------------------------- the step
@@ -465,8 +466,10 @@ def kl_to_reference(logp, logp_old, logp_ref):
     """Estimate of KL(pi_theta || pi_ref) at each token: rho (e^d - d - 1), d = logp_ref - logp.
 
     All of one shape. e^d - d - 1 is known as the k3 estimator. Alone, its expected gradient is that
-    of KL(pi_ref || pi_theta). Multiplied by rho, it is that of KL(pi_theta || pi_ref). At the first
-    update rho is 1 in value, but it has a gradient.
+    of KL(pi_ref || pi_theta). Multiplied by rho, it is that of KL(pi_theta || pi_ref): tokens were
+    drawn from pi_old, so the mean of rho f is the mean of f under pi_theta, and the gradient of rho
+    is the part that comes from what is drawn. At the first update rho is 1 in value, but it has
+    this gradient.
     """
     d = (logp_ref - logp).clamp(-20, 20)
     rho = (logp - logp_old).clamp(-20, 20).exp()
@@ -897,6 +900,7 @@ def calibrate(ref, task, config):
 
 def held_out(task, config, count):
     """Held-out problems of this process, in batches: index of the first, and problems."""
+    # At least one problem for each process: an eighth of eval_problems may be less than that.
     count = max(RANKS, min(count, task.held_out))
     for start, stop in even_cuts(count, max(1, count // EVAL_BATCH)):
         yield start, pose(task, config.eval_split, 0, start, stop - start)
@@ -968,7 +972,7 @@ class Config:
     method: str = knob("ptdpo", "grpo: reward alone; ptdpo: reward and tutoring", "grpo", "ptdpo")
     seed: int = knob(0, "seeds problems and sampling noise", least=0)
     steps: int = knob(100, "training steps", least=1)
-    base: str = knob("toy_tasks/base.safetensors", "the toy's base, which is also the reference")
+    base: str = knob("toy_tasks/base.safetensors", "the toy's base; '' for an untrained model")
     difficulty: float = knob(1.0, "clutter and noise of the counting scenes, 0 is calm", least=0)
     prompts: int = knob(16, "prompts a step (B)", least=1)
     group: int = knob(8, "answers to each prompt (G)", least=2)
@@ -1088,6 +1092,8 @@ def train(policy, task, config, folder):
         report(config, rows, sample)
         # A signal may have reached one process alone: all stop after the same step, or none.
         stop = int(over_ranks(torch.tensor(max(STOP, default=0)), "MAX"))
+        # A gradient that is not finite may come from weights that are broken already. Then the last
+        # sound checkpoint stays; a resumed run takes the steps after it again.
         if (step % config.save_every == 0 or step == config.steps or stop) and not row["skipped"]:
             save_checkpoint(checkpoint, step, policy, optimizer)
         if len(rows) > 2 and all(r["skipped"] for r in rows[-3:]):
@@ -1324,7 +1330,8 @@ def load_policy(config, task):
         return HFPolicy(config)
     policy = task.new_policy(config.seed)
     base = Path(config.base)
-    load_checkpoint(base if base.exists() else HERE / base, policy)
+    if config.base:
+        load_checkpoint(base if base.exists() else HERE / base, policy)
     return policy
 
 
@@ -1485,6 +1492,7 @@ class HFPolicy(torch.nn.Module):
         for name in pictured[0] if pictured else ():
             inputs[name] = torch.cat([pictures[name] for pictures in pictured]).to(ids.device)
         for t in range(T):
+            # `cache` is what transformers called past_key_values before 5.24.
             hidden = self.base.model(**inputs, cache=cache).last_hidden_state[:, -1]
             if t == 0:  # so far a row for each prompt, from now on one for each answer
                 cache.batch_repeat_interleave(G)
@@ -1497,6 +1505,7 @@ class HFPolicy(torch.nn.Module):
             if t % 16 == 15 and done.all():
                 break
             inputs = {"input_ids": answers[:, t, None], "position_ids": place + 1 + t}
+            # A mask of four dimensions is taken as it is. The first one, of two, became causal.
             inputs["attention_mask"] = visible[..., : ids.shape[1] + t + 1]
         return answers
 
@@ -1523,6 +1532,7 @@ class HFPolicy(torch.nn.Module):
         answers = torch.cat([starts, completion[:, : T - 1]], 1)
         steps = torch.arange(T, device=answers.device)
         places = (prompt.positions[P:] + steps[:, None]).repeat(len(answers), 1)  # [G * T, 3]
+        # The mask of one answer, which packed_attention applies to each.
         causal = torch.ones(T, P + T, dtype=torch.bool, device=answers.device).tril(P)
         # Layers cannot return attention, so they write it into this dict. Keyword arguments that a
         # model does not know, such as this one, reach the attention function.
@@ -1787,7 +1797,7 @@ def create_runs(given):
     settings = {f.name: given[f.name] for f in fields(Config) if f.name in given}
     # A run may be resumed from another folder, so it keeps whole paths.
     for name in ("model", "base", "data", "eval_data"):
-        if name in settings and Path(settings[name]).exists():
+        if settings.get(name) and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
     method = given.get("method", "ptdpo" if "model" in given else "both")
     methods = ["grpo", "ptdpo"] if method == "both" else [method]
@@ -1815,6 +1825,7 @@ def side_by_side(folders, steps):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits this until it can handle it
     children = []
     for folder in folders:
+        # run(folder, None, steps); guard makes one line of an error, leave ends with its exit code.
         children.append(context.Process(target=leave, args=(guard, run, folder, None, steps)))
         children[-1].start()
 

@@ -152,8 +152,8 @@ class ColourTask:
     colours = ("red", "green", "blue")
     places = ("north-west", "north-east", "south-west", "south-east")
 
-    def new_policy(self):
-        """A small TinyVLM with these words."""
+    def new_policy(self, seed):
+        """A small TinyVLM with these words, always the same."""
         torch.manual_seed(0)
         words = ["<eos>", "colour", "?", "see", "square", "says", *self.colours, *self.places]
         return shaken(TinyVLM(words, self.places, side=2, width=32, layers=2), 0)
@@ -193,15 +193,13 @@ RUNS = [(ColourTask, s) for s in ("attention", "votes", "oracle", "random", "ans
 
 
 @pytest.mark.parametrize(("kind", "source"), [*RUNS, (WordsTask, "random"), (WordsTask, "none")])
-def test_the_trainer_knows_no_task(kind, source, tmp_path):
+def test_the_trainer_knows_no_task(kind, source, tmp_path, signals):
     """A whole run, calibrated where possible, with the stub's own words in its hints."""
     task = kind()
-    policy = task.new_policy()
-    before = policy.head_weight.detach().clone()
     settings = {"steps": 2, "prompts": 4, "group": 4, "hint": source, "hint_regions": 2}
-    c = ptdpo.Config(**settings, top_k=3, eval_problems=4)
+    c = ptdpo.Config(**settings, top_k=3, eval_problems=4, base="")
     ptdpo.create_run(c, tmp_path)
-    ptdpo.train(policy, task, c, tmp_path)
+    ptdpo.run(tmp_path, task)
     shown = rows(tmp_path / "samples.jsonl")[0]
     where = [task.places[r] for r in shown["hint"]["regions"]]
     assert len(where) == (0 if source in ("answer", "none") else 2)
@@ -214,9 +212,9 @@ def test_the_trainer_knows_no_task(kind, source, tmp_path):
         assert row["credit"] is row["ways"] is None
         assert (row["hint_recall"] is not None) == (len(where) > 0 and kind is ColourTask)
     assert (row["point_f1"] is not None) == (kind is ColourTask)
-    assert not torch.equal(before, policy.head_weight)
-    again = task.new_policy()
+    policy = task.new_policy(0)
     with pytest.raises(UserError, match=f"the task {kind.__name__}, not Counting"):
-        ptdpo.measure_base(again, Counting(), c, tmp_path)
-    assert ptdpo.load_checkpoint(tmp_path / "checkpoint.safetensors", again) == 2
-    assert torch.equal(again.head_weight, policy.head_weight)
+        ptdpo.measure_base(policy, Counting(), c, tmp_path)
+    before = policy.head_weight.detach().clone()
+    assert ptdpo.load_checkpoint(tmp_path / "checkpoint.safetensors", policy) == 2
+    assert not torch.equal(before, policy.head_weight)
