@@ -12,8 +12,8 @@ BLUE = "#cfe2f3"
 ORANGE = "#fce5cd"
 BOXES = {  # name: (text, column, row, colour)
     "prompt": ("picture\nand question", 0, 1, GREY),
-    "answers": ("1  student\nsamples G answers", 1, 1, BLUE),
-    "grades": ("2  task grades them,\nrewards become advantages", 2, 2, GREY),
+    "answers": ("1  student samples\nG answers, task grades them", 1, 1, BLUE),
+    "grades": ("2  rewards become\nadvantages", 2, 2, GREY),
     "reference": ("3  frozen reference\nreads the answers", 2, 1, ORANGE),
     "hint": ("4  where it looked\nbecomes a hint", 3, 1, ORANGE),
     "teacher": ("5  frozen reference + hint\nreads the failed answers", 3, 0, ORANGE),
@@ -21,7 +21,7 @@ BOXES = {  # name: (text, column, row, colour)
 }
 ARROWS = {  # (from, to): label
     ("prompt", "answers"): "",
-    ("answers", "grades"): "",
+    ("answers", "grades"): "rewards",
     ("answers", "reference"): "",
     ("reference", "hint"): "",
     ("hint", "teacher"): "",
