@@ -1487,10 +1487,7 @@ class HFPolicy(torch.nn.Module):
         head = self.head()
         cache = narrow_cache()
         inputs = {"input_ids": ids, "position_ids": positions.permute(2, 0, 1)}
-        inputs["attention_mask"] = real
-        pictured = [prompt.pictures for prompt in prompts if prompt.pictures]
-        for name in pictured[0] if pictured else ():
-            inputs[name] = torch.cat([pictures[name] for pictures in pictured]).to(ids.device)
+        inputs |= {"attention_mask": real, **join_pictures(prompts, ids.device)}
         for t in range(T):
             # `cache` is what transformers called past_key_values before 5.24.
             hidden = self.base.model(**inputs, cache=cache).last_hidden_state[:, -1]
@@ -1510,45 +1507,46 @@ class HFPolicy(torch.nn.Module):
         return answers
 
     def forward(self, prompts, completion, mask, layers=()):
-        """Read given answers -> hidden float32 [N, T, H], attention to regions [B] of [L, G, R]."""
-        G = len(completion) // len(prompts)
-        groups = zip(prompts, completion.split(G), mask.split(G))
-        with self.running():  # once for all groups, which then share the weights in self.dtype
-            hidden, looks = zip(*(self.read_group(*group, layers) for group in groups))
-        return torch.cat(hidden), list(map(self.by_region, prompts, looks)) if layers else []
+        """Read given answers -> hidden float32 [N, T, H], attention to regions [B] of [L, G, R].
 
-    def read_group(self, prompt, completion, mask, layers):
-        """One group -> hidden [G, T, H], and by layer the attention to prompt tokens [G, P].
-
-        Prompt and answers stand in one row, so the prompt is computed once:
-            prompt without its last token (P) | answer 1: T tokens | ... | answer G: T tokens
+        All groups stand in one row. Each has its prompt once, so the prompt is computed once:
+            prompt 1 without its last token (P) | answer 1: T tokens | ... | answer G | prompt 2 ...
         Each answer begins with the last prompt token, which predicts its first token. Which tokens
         see which is defined in packed_attention.
         """
-        width = completion.shape[1]
-        T = int(mask.any(0).nonzero().max()) + 1  # what is behind the longest answer is not read
-        P = len(prompt.ids) - 1
-        starts = prompt.ids[P:].expand(len(completion), 1)
-        answers = torch.cat([starts, completion[:, : T - 1]], 1)
-        steps = torch.arange(T, device=answers.device)
-        places = (prompt.positions[P:] + steps[:, None]).repeat(len(answers), 1)  # [G * T, 3]
-        # The mask of one answer, which packed_attention applies to each.
-        causal = torch.ones(T, P + T, dtype=torch.bool, device=answers.device).tril(P)
-        # Layers cannot return attention, so they write it into this dict. Keyword arguments that a
-        # model does not know, such as this one, reach the attention function.
-        recorded = dict.fromkeys(layers)
-        output = self.base.model(
-            input_ids=torch.cat([prompt.ids[:P], answers.flatten()])[None],
-            position_ids=torch.cat([prompt.positions[:P], places]).T[:, None],
-            attention_mask=causal[None, None],
-            token_mask=mask[:, :T],
-            recorded=recorded,
-            use_cache=False,
-            **{name: value.to(answers.device) for name, value in prompt.pictures.items()},
-        )
-        hidden = output.last_hidden_state[0, P:].unflatten(0, answers.shape).float()
-        hidden = F.pad(hidden, (0, 0, 0, width - T))
-        return hidden, list(recorded.values())
+        G = len(completion) // len(prompts)
+        rows = []
+        places = []
+        groups = []  # of each, who sees whom, and which tokens are answers
+        for prompt, answers, tokens in zip(prompts, completion.split(G), mask.split(G)):
+            T = int(tokens.any(0).nonzero().max()) + 1  # behind the longest answer nothing is read
+            P = len(prompt.ids) - 1
+            answers = torch.cat([prompt.ids[P:].expand(G, 1), answers[:, : T - 1]], 1)
+            rows.append(torch.cat([prompt.ids[:P], answers.flatten()]))
+            steps = torch.arange(T, device=answers.device)[:, None]
+            places += [prompt.positions[:P], (prompt.positions[P:] + steps).repeat(G, 1)]  # [.., 3]
+            causal = torch.ones(T, P + T, dtype=torch.bool, device=answers.device).tril(P)
+            groups.append((causal, tokens[:, :T]))
+        # Layers cannot return attention, so they append it to these lists. Keyword arguments that
+        # a model does not know, such as this one, reach the attention function.
+        recorded = {layer: [] for layer in layers}
+        sizes = [len(row) for row in rows]
+        with self.running():
+            output = self.base.model(
+                input_ids=torch.cat(rows)[None],
+                position_ids=torch.cat(places).T[:, None],
+                attention_mask=mask[None, None],  # unused; without it one of the whole row is made
+                sizes=sizes,
+                groups=groups,
+                recorded=recorded,
+                use_cache=False,
+                **join_pictures(prompts, mask.device),
+            )
+        hidden = []
+        for states, (_, tokens) in zip(output.last_hidden_state[0].split(sizes), groups):
+            answers = states[-tokens.numel() :].unflatten(0, tokens.shape).float()
+            hidden.append(F.pad(answers, (0, 0, 0, mask.shape[1] - tokens.shape[1])))
+        return torch.cat(hidden), list(map(self.by_region, prompts, zip(*recorded.values())))
 
     def region_names(self, prompt):
         """Nine places a picture, with the number of the picture if there are several."""
@@ -1585,54 +1583,60 @@ def narrow_cache():
     return Cache()
 
 
-def packed_attention(module, query, key, value, mask, scaling=None, recorded=None, **packed):
-    """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T tokens of answer G.
+def join_pictures(prompts, device):
+    """The pictures of several prompts as the model takes them; empty if there are none."""
+    pictured = [prompt.pictures for prompt in prompts if prompt.pictures]
+    names = pictured[0] if pictured else ()
+    return {name: torch.cat([some[name] for some in pictured]).to(device) for name in names}
 
-    The prompt sees itself. An answer sees the prompt and its own past, and no other answer, as
-    told by mask [1, 1, T, P + T]. These are two calls, not one with a block mask: there is no mask
-    over the whole row, and no work on pairs that do not see each other.
+
+def packed_attention(module, query, key, value, mask, scaling=None, sizes=None, **packed):
+    """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T of answer G | ...
+
+    A prompt sees itself. An answer sees its prompt and its own past, and no other answer, as told
+    by its group's mask [T, P + T]. These are two calls a group, not one with a block mask: there is
+    no mask over the whole row, and no work on pairs that do not see each other.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attend = partial(ALL_ATTENTION_FUNCTIONS["sdpa"], module, scaling=scaling)
     query = query.to(value.dtype)
     key = key.to(value.dtype)
-    if recorded is None:  # sampling: one answer a row
+    if sizes is None:  # sampling: one answer a row
         return attend(query, key, value, mask)
-    T = mask.shape[2]
-    P = mask.shape[3] - T
-
-    def by_answer(x):
-        """The answers [1, heads, G*T, D] as rows of their own [G, heads, T, D]."""
-        return x[0, :, P:].unflatten(1, (-1, T)).transpose(0, 1)
-
-    # Every answer becomes a row of its own, with the keys of its prompt before its own.
-    q = by_answer(query)
-    k = torch.cat([key[:, :, :P].expand(len(q), -1, -1, -1), by_answer(key)], 2)
-    v = torch.cat([value[:, :, :P].expand(len(q), -1, -1, -1), by_answer(value)], 2)
-    if module.layer_idx in recorded:
-        looks = read_attention(q, k, mask, packed["token_mask"], scaling)
-        recorded[module.layer_idx] = looks
-    prompt, _ = attend(query[:, :, :P], key[:, :, :P], value[:, :, :P], None)  # causal
-    answers, _ = attend(q, k, v, mask)  # [G, T, heads, D]
-    return torch.cat([prompt, answers.flatten(0, 1)[None]], 1), None
+    mixed = []
+    parts = [x.split(sizes, 2) for x in (query, key, value)]  # each [1, heads, P + G * T, D]
+    for q, k, v, (causal, tokens) in zip(*parts, packed["groups"]):
+        T = len(causal)
+        P = causal.shape[1] - T
+        prompt, _ = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], None)  # causal
+        # Every answer becomes a row of its own, with the keys of its prompt before its own.
+        q, k_own, v_own = (x[0, :, P:].unflatten(1, (-1, T)).transpose(0, 1) for x in (q, k, v))
+        k = torch.cat([k[:, :, :P].expand(len(q), -1, -1, -1), k_own], 2)  # [G, heads, P + T, D]
+        v = torch.cat([v[:, :, :P].expand(len(q), -1, -1, -1), v_own], 2)
+        answers, _ = attend(q, k, v, causal[None, None])  # [G, T, heads, D]
+        mixed += [prompt, answers.flatten(0, 1)[None]]
+        if module.layer_idx in packed["recorded"]:
+            looks = read_attention(q, k, causal, tokens, scaling)
+            packed["recorded"][module.layer_idx].append(looks)
+    return torch.cat(mixed, 1), None
 
 
 @torch.no_grad()
-def read_attention(query, key, mask, token_mask, scaling):
-    """Attention to the prompt, mean over heads and over the tokens in token_mask, float32 [G, P].
+def read_attention(query, key, causal, tokens, scaling):
+    """Attention to the prompt, a mean over heads and over the tokens in a mask, float32 [G, P].
 
     Fast attention never shows its weights, so softmax(q k' scaling) is computed once more, one
     answer at a time to save memory.
     """
     rows = []
     with torch.autocast(query.device.type, enabled=False):
-        for q, k, tokens in zip(query, key, token_mask.float()):
+        for q, k, own in zip(query, key, tokens.float()):
             heads = q.float().unflatten(0, (len(k), -1))  # grouped by the keys they share
             scores = torch.einsum("khtd,ksd->khts", heads, k.float()) * scaling
-            weights = scores.masked_fill(~mask[0], -math.inf).softmax(-1).mean((0, 1))
-            rows.append(tokens @ weights / tokens.sum().clamp_min(1))
-    return torch.stack(rows)[:, : -mask.shape[2]]
+            weights = scores.masked_fill(~causal, -math.inf).softmax(-1).mean((0, 1))
+            rows.append(own @ weights / own.sum().clamp_min(1))
+    return torch.stack(rows)[:, : -len(causal)]
 
 
 def load_model(config, dtype):

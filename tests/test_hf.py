@@ -282,7 +282,7 @@ def test_columns_behind_the_longest_answer_cost_nothing(policy, prompts, answers
     assert (long[:, :T] - short).abs().max() < 1e-5 and (long[:, T:] == 0).all()
     assert torch.allclose(torch.cat(looks[:3], 2), torch.cat(same[:3], 2), atol=1e-6)
     assert torch.allclose(first, short[:, :1], atol=1e-5)
-    assert rows[4:8] == rows[8:]  # of four prompts each
+    assert rows[1] == rows[2]
 
 
 def test_recorded_attention_equals_eager_attention(policy, plain, prompts, answers):
@@ -357,7 +357,7 @@ def test_checkpointing_changes_nothing(folder, prompts, answers, rank):
         assert torch.equal(policy.sample(prompts, uniforms(12), False), answers)
         calls.clear()
         forward(policy, prompts, answers).square().mean().backward()
-        assert len(calls) == 4 * (1 + on)  # a row for each prompt
+        assert len(calls) == 1 + on  # one row of all prompts
         gradients.append({n: p.grad for n, p in policy.named_parameters()})
     for name, first in gradients[0].items():
         assert (first is None) == (gradients[1][name] is None), name
@@ -460,19 +460,6 @@ def test_precisions(folder, prompts, answers, monkeypatch, rank):
     assert {x.dtype for x in (hidden, *looks, *gradients)} == {torch.float32}
     assert torch.equal(hidden, again)  # the KL begins at 0
     assert torch.equal(looks[0], looks_again[0])
-    # Weights are cast once a pass, not once a group: the gradient keeps these copies.
-    up = policy.base.model.language_model.layers[0].mlp.up_proj.weight
-    for count in (1, 4):
-        kept = set()
-
-        def note(x, kept=kept):
-            if x.dtype == narrow and {*x.shape} == {*up.shape}:
-                kept.add(x.data_ptr())
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            held = policy.forward(prompts[:count], answers[: count * G], mask[: count * G])
-        assert held and len(kept) == 3 * 3  # of three layers: gate, up and down
 
 
 def test_decoding_seldom_waits_for_the_gpu(policy, prompts, monkeypatch):
