@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 import ptdpo
@@ -198,3 +200,23 @@ def files(folder):
     """All files below a folder, with a digest of each."""
     found = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+
+def save_pictures(folder):
+    """A picture of every kind, of 80 x 60 pixels -> the names of their files."""
+    grey = np.arange(60 * 80).reshape(60, 80)
+    plain = Image.fromarray((grey % 256).astype("uint8"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    Image.new("RGB", (80, 60), "red").save(folder / "exif.jpg", exif=exif)
+    plain.convert("RGB").save(folder / "rgb.png")
+    plain.convert("P").save(folder / "palette.png")
+    Image.new("RGBA", (80, 60), (0, 0, 0, 0)).save(folder / "clear.png")
+    Image.new("LA", (80, 60), (0, 255)).save(folder / "grey.png")
+    Image.new("CMYK", (80, 60), (0, 255, 255, 0)).save(folder / "cmyk.jpg")
+    Image.fromarray((grey * 13).astype("uint16")).save(folder / "deep.png")
+    Image.fromarray(grey.astype("int32")).save(folder / "int32.tiff")
+    Image.fromarray((grey / 7).astype("float32")).save(folder / "float.tiff")
+    return sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".png", ".jpg", ".tiff")
+    )

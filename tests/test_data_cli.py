@@ -2,11 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import tiny_qwen
-from helpers import rows
-from PIL import Image
+from helpers import rows, save_pictures
 
 import ptdpo
 
@@ -14,29 +12,13 @@ SMALL = """--steps 2 --prompts 6 --group 2 --max-tokens 5 --eval-problems 4 --ev
     --max-pixels 12000 --micro-batch 3 --train-vision""".split()
 
 
-def pictures(folder):
-    """One file of each kind -> their names."""
-    grey = np.arange(60 * 80).reshape(60, 80)
-    plain = Image.fromarray((grey % 256).astype("uint8"))
-    turned = Image.new("RGB", (80, 60), "red")
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    turned.save(folder / "exif.jpg", exif=exif)
-    plain.convert("RGB").save(folder / "rgb.png")
-    plain.convert("P").save(folder / "palette.png")
-    plain.convert("LA").save(folder / "alpha.png")
-    plain.convert("CMYK").save(folder / "cmyk.jpg")
-    Image.fromarray((grey * 13).astype("uint16")).save(folder / "deep.png")
-    Image.fromarray(grey.astype("int32")).save(folder / "int32.tiff")
-    Image.fromarray((grey / 7).astype("float32")).save(folder / "float.tiff")
-    return "rgb.png palette.png alpha.png cmyk.jpg deep.png int32.tiff float.tiff exif.jpg".split()
-
-
 @pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
 def test_every_kind_of_line_trains(family, tmp_path, signals):
     """Twelve lines: eight kinds of pictures, two pictures, marks in the text, and none at all."""
     pytest.importorskip("math_verify")
-    lines = [{"images": name, "problem": "How many?", "answer": "3"} for name in pictures(tmp_path)]
+    lines = [
+        {"images": name, "problem": "How many?", "answer": "3"} for name in save_pictures(tmp_path)
+    ]
     two = ["rgb.png", "exif.jpg"]
     lines += [
         {"images": two, "problem": "Do both show the same?", "answer": "no"},

@@ -28,11 +28,11 @@ class LiveStorage(TorchDispatchMode):
     def __init__(self, models):
         super().__init__()
         self.own = {}
+        self.now = 0
+        self.peak = 0
         for model in models:
             for p in model.parameters():
-                self.own[p.untyped_storage()._cdata] = p.untyped_storage().nbytes()
-        self.now = sum(self.own.values())
-        self.peak = self.now
+                self.count(p.untyped_storage())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -44,13 +44,11 @@ class LiveStorage(TorchDispatchMode):
     def count(self, storage):
         """Add a storage that is new, until it dies."""
         address = storage._cdata
-        size = storage.nbytes()
-        if address in self.own:
-            return
-        self.own[address] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.forget, address)
+        if address not in self.own:
+            self.own[address] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, address)
 
     def forget(self, address):
         """A storage has died."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import save_pictures
 from PIL import Image
 
 import ptdpo
@@ -165,19 +166,13 @@ def test_deep_pictures_keep_their_range(tmp_path):
 
 
 def test_kinds_of_pictures(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 20), "red").save(tmp_path / "exif.jpg", exif=exif)
-    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    Image.new("P", (20, 20)).save(tmp_path / "palette.gif")
-    Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
-    Image.new("LA", (20, 20), (0, 255)).save(tmp_path / "grey.png")
-    opened = {path.stem: open_picture(path) for path in tmp_path.iterdir()}
+    opened = {name: open_picture(tmp_path / name) for name in save_pictures(tmp_path)}
     assert {picture.mode for picture in opened.values()} == {"RGB"}
-    assert opened["exif"].size == (20, 40)  # turned as the camera was held
-    assert opened["clear"].getpixel((5, 5)) == (255, 255, 255)  # black lines stay visible
-    assert opened["cmyk"].getpixel((5, 5))[0] > 200 > 60 > opened["cmyk"].getpixel((5, 5))[1]
-    assert opened["grey"].getpixel((5, 5)) == (0, 0, 0)
+    assert opened["exif.jpg"].size == (60, 80)  # turned as the camera was held
+    assert opened["clear.png"].getpixel((5, 5)) == (255, 255, 255)  # black lines stay visible
+    red, green, _ = opened["cmyk.jpg"].getpixel((5, 5))
+    assert red > 200 > 60 > green
+    assert opened["grey.png"].getpixel((5, 5)) == (0, 0, 0)
 
 
 # ---------------------------------------------------------------- problems from files

@@ -209,26 +209,6 @@ def test_held_out_problems_come_once_each(count, limit):
     assert max(map(len, batches)) < 2 * 64
 
 
-def test_a_tutored_evaluation_hints_at_what_its_answers_looked_at(policy, task, monkeypatch):
-    """With layers: sampled answers, their attention, a hint, and a greedy answer after it."""
-    calls = []
-    plain = ptdpo.sample_and_grade
-
-    def sample(*args, **more):
-        calls.append(((*args[3:], more), plain(*args, **more)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(ptdpo, "sample_and_grade", sample)
-    c = config(eval_problems=3)
-    ptdpo.evaluate(policy, task, c, [1])
-    (sampled, rollout), (greedy, _) = calls
-    _, relevance = ptdpo.read_answers(policy, rollout, [1], c)
-    hints = ptdpo.build_hints(policy, task, rollout, relevance, c, ("tutored", 0))
-    assert sampled == (4, ("tutored", 0), {})
-    told = {"greedy": True, "hints": [hint.text for hint in hints]}
-    assert greedy == (1, ("greedy",), told)
-
-
 # ------------------------------------------------------------------------------ monitor and sample
 HEALTHY = {"step": 10, "entropy": 1.0, "solved": 0.3, "groups_mixed": 0.5, "skipped": 0}
 HEALTHY |= {"groups_all_solved": 0.0, "jsd": 0.1, "hint_recall": 0.9, "accuracy": None}
