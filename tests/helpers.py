@@ -217,6 +217,5 @@ def save_pictures(folder):
     Image.fromarray((grey * 13).astype("uint16")).save(folder / "deep.png")
     Image.fromarray(grey.astype("int32")).save(folder / "int32.tiff")
     Image.fromarray((grey / 7).astype("float32")).save(folder / "float.tiff")
-    return sorted(
-        path.name for path in folder.iterdir() if path.suffix in (".png", ".jpg", ".tiff")
-    )
+    kinds = (".png", ".jpg", ".tiff")
+    return sorted(path.name for path in folder.iterdir() if path.suffix in kinds)

@@ -8,17 +8,16 @@ from helpers import rows, save_pictures
 
 import ptdpo
 
-SMALL = """--steps 2 --prompts 6 --group 2 --max-tokens 5 --eval-problems 4 --eval-every 1 --top-k 5
+SMALL = """--steps 2 --prompts 7 --group 2 --max-tokens 5 --eval-problems 4 --eval-every 1 --top-k 5
     --max-pixels 12000 --micro-batch 3 --train-vision""".split()
 
 
 @pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
 def test_every_kind_of_line_trains(family, tmp_path, signals):
-    """Twelve lines: eight kinds of pictures, two pictures, marks in the text, and none at all."""
+    """Thirteen lines: nine kinds of pictures, two pictures, marks in the text, and none at all."""
     pytest.importorskip("math_verify")
-    lines = [
-        {"images": name, "problem": "How many?", "answer": "3"} for name in save_pictures(tmp_path)
-    ]
+    names = save_pictures(tmp_path)
+    lines = [{"images": name, "problem": "How many?", "answer": "3"} for name in names]
     two = ["rgb.png", "exif.jpg"]
     lines += [
         {"images": two, "problem": "Do both show the same?", "answer": "no"},
