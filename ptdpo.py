@@ -331,9 +331,8 @@ def completion_logp(model, hidden, groups):
     for h, target in zip(hidden[groups.mask].split(CHUNK), targets.split(CHUNK)):
         log_p = chunk_logits(h, head, model.suppress_ids).log_softmax(-1)
         logp.append(log_p.gather(-1, target[:, None])[:, 0])
-    return torch.zeros_like(groups.mask, dtype=torch.float32).masked_scatter(
-        groups.mask, torch.cat(logp)
-    )
+    whole = torch.zeros_like(groups.mask, dtype=torch.float32)
+    return whole.masked_scatter(groups.mask, torch.cat(logp))
 
 
 # ------------------------------------------------------------------------------------------- hint
@@ -559,14 +558,10 @@ def token_weights(batch, config, distill_weight):
         mean = mask / tokens
     else:
         mean = mask / mask.sum(1, keepdim=True) / answers
-    return torch.stack(
-        [
-            config.policy_weight * mean,
-            config.kl_weight * mean * batch.kl_on[:, None],
-            distill_weight * distilled / distilled_tokens.clamp_min(1),
-        ],
-        -1,
-    )
+    policy = config.policy_weight * mean
+    kl = config.kl_weight * mean * batch.kl_on[:, None]
+    distance = distill_weight * distilled / distilled_tokens.clamp_min(1)
+    return torch.stack([policy, kl, distance], -1)
 
 
 def token_columns(policy, hidden, part, config):
@@ -779,25 +774,26 @@ def step_metrics(policy, task, rollout, hints, distill, values):
     distilled = mask & distill[:, None]
     entropy = values["entropy"]
     share = rollout.solved_share()
-    metrics = {
-        "reward": mean_of_all(rollout.rewards),
-        "solved": mean_of_all(share),
-        "groups_all_failed": mean_of_all(share == 0),
-        "groups_mixed": mean_of_all((share > 0) & (share < 1)),
-        "groups_all_solved": mean_of_all(share == 1),
-        "distilled": mean_of_all(distilled[mask]),
-        "jsd": mean_of_all(values["jsd"][distilled]),
-        "kl": mean_of_all(values["kl"][mask]),
-        "entropy": mean_of_all(entropy[mask]),
-        "entropy_failed": mean_of_all(entropy[failed]),
-        "entropy_solved": mean_of_all(entropy[mask & ~failed]),
-        "answer_entropy": mean_of_all((entropy * mask).sum(1)),
-        "completion_length": mean_of_all(mask.sum(1)),
+    columns = {
+        "reward": rollout.rewards,
+        "solved": share,
+        "groups_all_failed": share == 0,
+        "groups_mixed": (share > 0) & (share < 1),
+        "groups_all_solved": share == 1,
+        "distilled": distilled[mask],
+        "jsd": values["jsd"][distilled],
+        "kl": values["kl"][mask],
+        "entropy": entropy[mask],
+        "entropy_failed": entropy[failed],
+        "entropy_solved": entropy[mask & ~failed],
+        "answer_entropy": (entropy * mask).sum(1),
+        "completion_length": mask.sum(1),
     }
     if hints:
-        recalls = [recall(hint.regions, p.targets) for hint, p in zip(hints, rollout.problems)]
-        metrics["hint_recall"] = mean_of_all(recalls)
-        metrics["hints_rejected"] = mean_of_all([hint.rejected for hint in hints])
+        problems = rollout.problems
+        columns["hint_recall"] = [recall(h.regions, p.targets) for h, p in zip(hints, problems)]
+        columns["hints_rejected"] = [hint.rejected for hint in hints]
+    metrics = {name: mean_of_all(column) for name, column in columns.items()}
     if hints and hasattr(task, "mistakes"):
         counted = failed & distilled
         mistakes = gather(find_mistakes(policy, task, rollout)[counted].float())
@@ -1032,16 +1028,14 @@ def make_config(given):
             raise UserError(f"{flag} {value}: give {' or '.join(choices)}")
         if least is not None and not least <= value < 2**31:
             raise UserError(f"{flag} {value}: give at least {least}")
+    fewest = RANKS * config.updates_per_batch
     checks = [
         (config.lora and config.train_vision, "--lora and --train-vision: choose one"),
         (bool(config.data) != bool(config.eval_data), "--data and --eval-data: give both"),
         (config.model and config.hint == "votes", "--hint votes: free text names no regions"),
         (config.data and config.hint == "oracle", "--hint oracle: a file does not know regions"),
         (config.model and config.sample_batch < config.group, "--sample-batch: at least --group"),
-        (
-            config.prompts < RANKS * config.updates_per_batch,
-            "--prompts: each process needs one an update",
-        ),
+        (config.prompts < fewest, "--prompts: each process needs one an update"),
         (min(config.eval_problems, CALIBRATION) < RANKS, "--eval-problems: each process needs one"),
     ]
     for wrong, text in checks:
@@ -1307,9 +1301,7 @@ def read_run(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: missing or torn; use another copy, or start again") from None
     if odd:
-        raise UserError(
-            f"{path}: of another version, see {min(odd)}; use commit {run.get('commit')}"
-        )
+        raise UserError(f"{path}: of another version, {min(odd)}; use commit {run.get('commit')}")
     return run
 
 
@@ -1815,9 +1807,7 @@ def create_runs(given):
     if RANK == 0:
         for folder in folders:
             if (folder / "run.json").exists() and "overwrite" not in given:
-                raise UserError(
-                    f"{folder} holds a run: --resume or --overwrite it, or change --out"
-                )
+                raise UserError(f"{folder}: a run; --resume or --overwrite it, or change --out")
         for config, folder in zip(configs, folders):
             create_run(config, folder)
     return folders, task
