@@ -1527,7 +1527,6 @@ class HFPolicy(torch.nn.Module):
             output = self.base.model(
                 input_ids=torch.cat(rows)[None],
                 position_ids=torch.cat(places).T[:, None],
-                attention_mask=mask[None, None],  # unused; without it one of the whole row is made
                 sizes=sizes,
                 groups=groups,
                 recorded=recorded,

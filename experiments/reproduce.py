@@ -20,9 +20,9 @@ import subprocess
 import sys
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -112,33 +112,41 @@ def continue_run(start, folder, config):
     aside.rename(folder)
 
 
-def train_in_child(job):
-    """Train a run in a process of its own. SystemExit if it fails, or is stopped."""
-    context = multiprocessing.get_context("spawn")
-    child = context.Process(target=ptdpo.leave, args=(ptdpo.guard, train_run, *job))
-    child.start()
-    child.join()
-    if child.exitcode:
-        raise SystemExit(child.exitcode)
-
-
 def train_all(jobs, processes):
-    """Train runs that are not finished, (settings, folder) each, some at a time."""
+    """Train runs that are not finished, (settings, folder) each, some at a time.
 
-    def stop(number, _):
-        for child in multiprocessing.active_children():
-            child.terminate()  # it finishes its step, and saves
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    If one fails, or this process is told to stop, the others finish their step and save.
+    """
     jobs = [job for job in jobs if not is_finished(*job)]
-    # A run that goes on from another waits until all of these are finished.
-    first = [job for job in jobs if "start" not in job[0]]
-    later = [job for job in jobs if "start" in job[0]]
-    with ThreadPoolExecutor(processes) as threads:
-        for some in (first, later):
-            list(tqdm(threads.map(train_in_child, some), "runs", len(some)))
+    jobs = sorted(jobs, key=lambda job: "start" in job[0])
+    context = multiprocessing.get_context("spawn")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    running = []
+    try:
+        for job in tqdm(jobs, "runs"):
+            # A run that goes on from another waits until all of these are finished.
+            while len(running) >= (1 if "start" in job[0] else processes):
+                running = wait_for_one(running)
+            child = context.Process(target=ptdpo.leave, args=(ptdpo.guard, train_run, *job))
+            child.start()
+            running.append(child)
+        while running:
+            running = wait_for_one(running)
+    finally:
+        for child in running:
+            child.terminate()
+        for child in running:
+            child.join()
+
+
+def wait_for_one(running):
+    """Wait until a process ends -> those that go on. SystemExit if it failed or was killed."""
+    wait([child.sentinel for child in running])
+    for child in running:
+        child.join(0)
+        if child.exitcode:
+            raise SystemExit(child.exitcode if child.exitcode > 0 else 128 - child.exitcode)
+    return [child for child in running if child.is_alive()]
 
 
 # ---------------------------------------------------------------------------------------- summary
@@ -219,7 +227,7 @@ def make_parser(name, out):
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder (default {out})")
     add("--seeds", type=int, choices=range(1, 11), default=10, help="at most so many seeds")
-    add("--jobs", type=int, default=2, help="processes at a time (default 2)")
+    add("--jobs", type=int, choices=range(1, 17), default=2, help="processes at a time")
     add("--steps", type=int, default=USUAL_STEPS, help=f"of a usual run (default {USUAL_STEPS})")
     add("--eval-problems", type=int, default=256, help="held-out pictures (default 256)")
     return parser

@@ -161,7 +161,8 @@ def draw_bands(axis, arms):
 
 def draw_bars(axis, arms):
     """One bar an arm, with its interval; arms: (mean, half-width) by name."""
-    middle, half = zip(*arms.values())
+    middle = [m for m, _ in arms.values()]
+    half = [h for _, h in arms.values()]
     axis.barh(range(len(arms)), middle, xerr=half)
     axis.set_yticks(range(len(arms)), arms, fontsize=7)
     axis.invert_yaxis()

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, contents, rows
 
 import ptdpo
 from experiments import measure, reproduce, summaries, tune, warm_start
@@ -169,6 +169,28 @@ def test_an_experiment_is_taken_up_again(tmp_path, monkeypatch, capfd, signals):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*")} == before
     assert reproduce.main([*command, "--steps", "2"]) == 2
     assert "give another --out" in capfd.readouterr().err
+
+
+def test_a_run_that_fails_stops_the_others(tmp_path, capfd, signals):
+    """At once, not when they are finished; what they have done is saved."""
+    tiny = {"prompts": 2, "group": 2, "eval_problems": 4, "eval_every": 9999, "save_every": 9999}
+    long = tiny | {"steps": 99999}
+    jobs = [(long, tmp_path / "long"), (tiny | {"base": "nowhere"}, tmp_path / "bad")]
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.train_all([*jobs, (long, tmp_path / "never")], 2)
+    assert "nowhere" in capfd.readouterr().err
+    run = tmp_path / "long"
+    assert not run.exists() or len(rows(run / "metrics.jsonl")) == contents(run)[0] < 99999
+    assert not (tmp_path / "never" / "metrics.jsonl").exists()
+
+
+def test_a_claim_without_a_value_is_drawn(tmp_path):
+    """As with one seed."""
+    claims = [judge_claim(["", "m", "x", ">", "y"], {"x": [{"m": 1.0}], "y": [{"m": 0.0}]})]
+    summary = {"name": "one", "seeds": [200], "claims": claims, "curves": {}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    summaries.draw_summary(tmp_path)
+    assert summaries.list_claims(claims).endswith("|  | m | x, y | - | no value |")
 
 
 def test_a_leak_would_be_found():
