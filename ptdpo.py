@@ -331,7 +331,7 @@ def completion_logp(model, hidden, groups):
     for h, target in zip(hidden[groups.mask].split(CHUNK), targets.split(CHUNK)):
         log_p = chunk_logits(h, head, model.suppress_ids).log_softmax(-1)
         logp.append(log_p.gather(-1, target[:, None])[:, 0])
-    whole = torch.zeros_like(groups.mask, dtype=torch.float32)
+    whole = hidden.new_zeros(groups.mask.shape)
     return whole.masked_scatter(groups.mask, torch.cat(logp))
 
 
@@ -663,7 +663,7 @@ def backward(policy, ref, part, config):
     # teacher is the i-th distilled token: both are in the order of group, answer and token.
     values, grad = head_backward(policy, ref, hidden.detach(), distilled, teacher, columns, config)
     hidden.backward(grad.to(hidden.dtype))
-    whole = torch.zeros(*part.mask.shape, values.shape[-1], device=values.device)
+    whole = values.new_zeros(*part.mask.shape, values.shape[-1])
     return whole.masked_scatter(part.mask[..., None], values)
 
 

@@ -137,7 +137,7 @@ class TinyVLM(nn.Module):
         B = len(prompts)
         s = self.side
         pixels = torch.stack([prompt.pixels for prompt in prompts]).view(B, s, PATCH, s, PATCH, 3)
-        patches = pixels.transpose(2, 3).reshape(B, s * s, -1).float() / 127.5 - 1
+        patches = pixels.transpose(2, 3).reshape(B, s * s, -1).to(self.position) / 127.5 - 1
         # One vector is the place of a patch and the word for it: so pointing is learned quickly.
         cells = self.embed(torch.tensor(self.tokens(" ".join(self.cells))))
         image = self.patches(patches) + cells

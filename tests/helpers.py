@@ -128,7 +128,7 @@ def plain_forward(policy, prompt, answer):
     Returns hidden [T, H] and, by layer, what the T places attend to, mean of heads [L, T, R].
     """
     side = policy.side
-    pixels = prompt.pixels.view(8 * side, 8 * side, 3).float() / 127.5 - 1
+    pixels = prompt.pixels.view(8 * side, 8 * side, 3).to(policy.position) / 127.5 - 1
     patches = []
     for r in range(side):
         for c in range(side):
