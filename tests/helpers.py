@@ -17,6 +17,12 @@ from toy_tasks import Grade
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "toy_tasks" / "base.safetensors"
+TABLES = json.loads((ROOT / "tests" / "tables.json").read_text())
+
+
+def table(name):
+    """Cases of a parametrized test, whose columns are named there."""
+    return [tuple(row) for row in TABLES[name]]
 
 
 # ------------------------------------------------------------------------------- steps in parts

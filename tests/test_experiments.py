@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import ROOT, contents, rows
+from helpers import ROOT, contents, rows, table
 
 import ptdpo
 from experiments import measure, reproduce, summaries, tune, warm_start
@@ -32,13 +32,7 @@ def test_interval_by_hand():
 
 @pytest.mark.parametrize(
     ("a", "b", "sign", "verdict"),
-    [
-        ([0.9, 0.8, 0.9], [0.1, 0.1, 0.2], ">", "agrees"),
-        ([0.9, 0.8, 0.9], [0.1, 0.1, 0.2], "<", "differs"),
-        ([0.1, 0.2, 0.1], [0.9, 0.8, 0.9], "<", "agrees"),
-        ([0.9, 0.1, 0.5], [0.5, 0.5, 0.5], ">", "not resolved"),
-        ([None, 0.1], [0.5, 0.5], ">", "no value"),
-    ],
+    table("verdicts"),
 )
 def test_verdicts(a, b, sign, verdict):
     """Only where the paired 95 % interval excludes 0, and only in the direction of the claim."""

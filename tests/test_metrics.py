@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import config
+from helpers import config, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -217,19 +217,7 @@ SHOWN = {"chance": 0.4, "texts": ["some words"], "answer": "7"}
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [
-        ({}, []),
-        ({"solved": 0.0}, ["no answer is solved"]),
-        ({"groups_mixed": 0.0}, ["no group is mixed"]),
-        ({"groups_all_solved": 1.0}, ["all is solved"]),
-        ({"jsd": 1e-5}, ["JSD near 0"]),
-        ({"hint_recall": 0.42}, ["no better than random"]),
-        ({"hint_recall": 0.5, "groups_all_solved": 0.9}, []),
-        ({"jsd": None, "hint_recall": None}, []),
-        ({"entropy": 0.1}, ["entropy collapsed"]),
-        ({"entropy": 0.1, "solved": 0.9}, []),
-        ({"solved": 0.0, "groups_mixed": 0.0}, ["no answer is solved", "no group is mixed"]),
-    ],
+    table("warnings"),
 )
 def test_warnings_come_after_ten_such_steps(change, words, capsys):
     """Each names the signal and a remedy; one sound step among the ten, and nothing is said."""

@@ -8,8 +8,7 @@ import pytest
 
 import ptdpo
 from experiments import small_qwen
-from toy_tasks.counting import CELLS
-from toy_tasks.free_text import PLACES, FreeText
+from toy_tasks.free_text import FreeText
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +29,6 @@ def test_every_word_of_a_lesson_is_a_token(policy, kind):
         assert (prompt.ids == policy.image_id).sum() == 25
         ids = tokenizer(answer)["input_ids"]
         assert tokenizer.unk_token_id not in ids and policy.text(ids) == answer
-
-
-def test_lessons_by_hand():
-    """Tutored: the matches in the listed places, counted. Alone: seldom more than a glance."""
-    glances = 0
-    for i in range(200):
-        _, hint, answer = small_qwen.lesson(FreeText(16), "tutored", random.Random(i))
-        listed = hint.removeprefix("Look closely at: ").split(". Ignore")[0].split("; ")
-        cells, number = answer.split("answer: ")
-        places = [PLACES[small_qwen.place_of(CELLS.index(cell))] for cell in cells.split()]
-        assert len(listed) == small_qwen.HINTED and set(places) <= set(listed)
-        assert int(number) == len(places) == len(set(cells.split()))
-        _, _, answer = small_qwen.lesson(FreeText(16), "alone", random.Random(i))
-        glances += len(answer.split()) <= 4
-    assert glances > 120  # a coin is thrown for each further point: three quarters
 
 
 def test_it_is_weak_alone_and_can_be_tutored(policy):

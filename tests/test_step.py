@@ -9,7 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import batch_of, close, config, gradient, make_batch, plain_forward, with_verdicts
+from helpers import (
+    batch_of,
+    close,
+    config,
+    gradient,
+    make_batch,
+    plain_forward,
+    table,
+    with_verdicts,
+)
 
 import ptdpo
 from toy_tasks import Grade
@@ -191,13 +200,7 @@ def test_parts_of_a_hint(task, policy, scenes, changes, text, regions):
 # -------------------------------------------------------------------------------- tutored teacher
 @pytest.mark.parametrize(
     ("tau", "on", "groups", "under_kl"),  # solved shares 1/4, 1/2, 0, 1
-    [
-        (1.0, "failed", [3, 2, 4, 0], [0, 0, 0, 1]),
-        (0.5, "failed", [3, 0, 4, 0], [0, 1, 0, 1]),
-        (0.25, "failed", [0, 0, 4, 0], [1, 1, 0, 1]),
-        (0.0, "failed", [0, 0, 0, 0], [1, 1, 1, 1]),
-        (1.0, "all", [4, 4, 4, 4], [0, 0, 0, 1]),
-    ],
+    table("tau, distill_on and kl_on"),
 )
 def test_tau_distill_on_and_kl_on(policy, ref, task, tau, on, groups, under_kl):
     """Failed answers of groups below tau are distilled; as released, the others have the KL."""

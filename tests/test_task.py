@@ -1,14 +1,12 @@
 """The counting task; and a trainer that knows neither this task nor this model."""
 
-import json
 import random
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import rows, shaken
+from helpers import rows, shaken, table
 from PIL import Image
 
 import ptdpo
@@ -17,8 +15,6 @@ from toy_tasks import Grade, Problem, UserError
 from toy_tasks.counting import CELLS, COLOURS, SHAPES, STEPS, Counting, draw
 
 INK = (28, 28, 32)  # of the background
-TABLES = json.loads(Path(__file__).with_name("grading_cases.json").read_text(encoding="utf-8"))
-CASES = TABLES["counting, targets 1 2 24"]
 
 
 def scenes(task, n=60, split="train", seed=0):
@@ -93,7 +89,7 @@ def test_difficulty_is_a_dial(task):
 
 
 # ---------------------------------------------------------------------------------------- grading
-@pytest.mark.parametrize(("text", "solved", "points", "marks"), CASES)
+@pytest.mark.parametrize(("text", "solved", "points", "marks"), table("answers"))
 def test_grade_and_mistakes_by_hand(task, text, solved, points, marks):
     """Solved: it ended, in `total` and the right number. Points are measured, never rewarded.
 
