@@ -40,18 +40,14 @@ def test_exercise_2_a_teacher_without_a_hint():
     assert rows[0]["jsd"] < 1e-6 < rows[-1]["jsd"]
 
 
-def test_exercise_3_an_advantage_without_the_deviation():
-    """`--advantage centred`: A = r - mean r; by default nothing changes."""
+def test_exercise_3_an_advantage_without_the_deviation(policy, ref):
+    """`--advantage centred`: A = r - mean r; by default nothing changes. It reaches the step."""
     r = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1])
     expected = torch.tensor([0.5, -0.5, -0.5, 0.5, -0.25, -0.25, -0.25, 0.75])
     assert torch.equal(ptdpo.group_advantages(r, 4, "centred"), expected)
     assert ptdpo.group_advantages(r, 4).max() > 1
     assert ptdpo.parse(["--toy", "--advantage", "centred"])["advantage"] == "centred"
     assert ptdpo.make_config({}).advantage == "std"
-
-
-def test_exercise_3_reaches_the_step(policy, ref):
-    """The flag shortens the gradient of a policy loss whose groups have small deviations."""
     norms = {}
     for kind in ("std", "centred"):
         changes = {"method": "grpo", "prompts": 2, "group": 4, "kl_weight": 0.0}
@@ -80,7 +76,7 @@ def test_exercise_4_has_a_gradient_where_a_bucket_is_empty():
     assert z.grad.abs().max() > 1e-3
 
 
-def test_exercise_5_another_source_of_hints(task, policy):
+def test_exercise_5_another_source_of_hints(task, policy, tmp_path, signals):
     """`--hint neighbour`: the regions of the next group; the last group takes the first's."""
     config = ptdpo.make_config({"hint": "neighbour", "prompts": 3, "group": 2})
     problems = [task.problem("train", 0, i) for i in range(3)]
@@ -90,10 +86,7 @@ def test_exercise_5_another_source_of_hints(task, policy):
     for b, hint in enumerate(hints):
         scores = relevance[(b + 1) % 3][0]
         assert hint.regions == sorted(scores.topk(10).indices.tolist())
-
-
-def test_exercise_5_as_a_run(tmp_path, signals):
-    """A run knows which layer to read."""
+    # A run knows which layer to read.
     assert ptdpo.main(helpers.start(tmp_path, "--hint", "neighbour", steps=1)) == 0
     assert len(ptdpo.read_run(tmp_path / "ptdpo")["layers"]) == 1
 
@@ -137,18 +130,14 @@ def test_exercise_7_a_schedule(tmp_path, signals, monkeypatch):
 
 def test_exercise_8_a_task():
     """toy_tasks/mine.py: a class Mine that asks something else than Counting."""
-    task = importlib.import_module("toy_tasks.mine").Mine()
+    mine = importlib.import_module("toy_tasks.mine")
+    task = mine.Mine()
     problem = task.problem("train", 0, 0)
     assert problem.question != Counting().problem("train", 0, 0).question
     assert problem.images[0].tobytes() == task.problem("train", 0, 0).images[0].tobytes()
     assert problem.images[0].tobytes() != task.problem("train", 0, 1).images[0].tobytes()
     assert not task.grade(problem, "r0c0 total nothing", True).solved
-
-
-def test_exercise_8_a_lesson():
-    """lesson(task, kind, rng): right when tutored, often wrong alone, and no hint that spoils."""
-    mine = importlib.import_module("toy_tasks.mine")
-    task = mine.Mine()
+    # lesson(task, kind, rng): right when tutored, often wrong alone, and no hint that spoils.
     solved = {"tutored": 0, "alone": 0}
     for kind in solved:
         for i in range(40):

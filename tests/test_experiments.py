@@ -1,8 +1,9 @@
-"""Experiments: intervals, claims and scores by hand; controls; runs taken up again; bases."""
+"""Experiments: claims and scores by hand; controls; runs taken up again; bases; small Qwen2-VL."""
 
 import json
 import random
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from helpers import ROOT, contents, rows, table
 
 import ptdpo
-from experiments import measure, reproduce, summaries, tune, warm_start
+from experiments import measure, reproduce, small_qwen, summaries, warm_start
 from experiments.summaries import interval, judge_claim
 from toy_tasks.counting import CELLS, Counting
+from toy_tasks.free_text import FreeText
 
 SUMMARIES = sorted((ROOT / "experiments/results").glob("*/summary.json"))
 BASES = {
@@ -30,10 +32,7 @@ def test_interval_by_hand():
     assert interval([5.0]) == (5.0, float("inf"))
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "sign", "verdict"),
-    table("verdicts"),
-)
+@pytest.mark.parametrize(("a", "b", "sign", "verdict"), table("verdicts"))
 def test_verdicts(a, b, sign, verdict):
     """Only where the paired 95 % interval excludes 0, and only in the direction of the claim."""
     found = {"x": [{"m": value} for value in a], "y": [{"m": value} for value in b]}
@@ -102,13 +101,6 @@ def test_what_was_chosen_reaches_the_arms():
     assert reproduce.settings_of("qwen_grpo_60", chosen)["lr"] == 3e-4
 
 
-def test_the_best_value_is_chosen_by_accuracy_and_then_by_area():
-    """One value an arm."""
-    rows = [("a", 1, 0.5, 0.3), ("a", 2, 0.6, 0.1), ("a", 3, 0.6, 0.2), ("b", 4, 0.1, 0.1)]
-    names = ("arm", "settings", "accuracy", "area")
-    assert tune.choose([dict(zip(names, row)) for row in rows]) == {"a": 3, "b": 4}
-
-
 def log_probs(V=40, seed=0):
     """Log-probs of a student, which learns, and of a teacher [6, V]."""
     g = torch.Generator().manual_seed(seed)
@@ -174,7 +166,9 @@ def test_a_run_that_fails_stops_the_others(tmp_path, capfd, signals):
         reproduce.train_all([*jobs, (long, tmp_path / "never")], 2)
     assert "nowhere" in capfd.readouterr().err
     run = tmp_path / "long"
-    assert not run.exists() or len(rows(run / "metrics.jsonl")) == contents(run)[0] < 99999
+    logged = rows(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    saved = contents(run)[0] if (run / "checkpoint.safetensors").exists() else 0
+    assert len(logged) == saved < 99999
     assert not (tmp_path / "never" / "metrics.jsonl").exists()
 
 
@@ -264,3 +258,37 @@ def test_lessons_teach_what_they_are_said_to_teach(kind):
             assert {CELLS[cell] for cell in cells} <= set(hint.split())
             assert int(number) == len(cells) or (len(cells) > 5 and 5 <= int(number) <= 8)
     assert kind == "describe" or starts == {"first", "other"}
+
+
+# ---------------------------------------------------------------------------- the small Qwen2-VL
+@pytest.fixture(scope="module")
+def small():
+    """The committed model, as --model has it."""
+    settings = small_qwen.RUN | {"model": str(small_qwen.MODEL)}
+    return ptdpo.HFPolicy(ptdpo.make_config(settings))
+
+
+@pytest.mark.parametrize("kind", sorted(set(small_qwen.LESSON_KINDS)))
+def test_every_word_of_a_lesson_is_a_token(small, kind):
+    """Nothing is unknown, answers come back as they were, and a cell is an image token."""
+    tokenizer = small.processor.tokenizer
+    for i in range(30):
+        problem, hint, answer = small_qwen.lesson(FreeText(16), kind, random.Random(i))
+        prompt = small.encode(problem, hint)
+        assert tokenizer.unk_token_id not in prompt.ids and len(prompt.ids) < 80
+        assert (prompt.ids == small.image_id).sum() == 25
+        ids = tokenizer(answer)["input_ids"]
+        assert tokenizer.unk_token_id not in ids and small.text(ids) == answer
+
+
+def test_it_is_weak_alone_and_can_be_tutored(small):
+    """As measured.json says: a gap to close, and attention that finds the places."""
+    measured = json.loads((small_qwen.MODEL / "measured.json").read_text())
+    assert measured["parameters"] == sum(p.numel() for p in small.parameters()) < 1e6
+    config = replace(small.config, eval_problems=64, micro_batch=16)
+    task = FreeText(16)
+    alone = ptdpo.evaluate(small, task, config)
+    layers = [measured["layer_recall"].index(max(measured["layer_recall"]))]
+    tutored = ptdpo.evaluate(small, task, config, layers)
+    assert alone["accuracy"] == pytest.approx(measured["alone"]["accuracy"], abs=0.15)
+    assert tutored["accuracy"] > alone["accuracy"] + 0.3

@@ -90,8 +90,8 @@ def test_known_models_have_their_published_size(name):
     assert shape.parameters / 1e9 == pytest.approx(BILLIONS[name], abs=5e-4)
 
 
-def test_remedies_are_named(capsys):
-    """What does not fit gets flags that would; what fits says so."""
+def test_remedies_are_named(tmp_path, capsys):
+    """What does not fit gets flags that would; what fits says so; no model is one line."""
     assert fits.main(["Qwen2-VL-2B", "--gb", "80"]) == 0
     assert "fits into 80 GB" in capsys.readouterr().out
     assert fits.main(["Qwen2-VL-2B", "--gb", "24"]) == 0
@@ -99,9 +99,5 @@ def test_remedies_are_named(capsys):
     assert line.startswith("does not fit into 24 GB") and "--lora 16 --checkpointing" in line
     assert fits.main(["Qwen2-VL-2B", "--lora", "16", "--checkpointing", "--gb", "24"]) == 0
     assert "fits into 24 GB" in capsys.readouterr().out
-
-
-def test_unknown_model_is_one_line(tmp_path, capsys):
-    """Exit code 2, no traceback."""
     assert fits.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

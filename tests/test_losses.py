@@ -41,10 +41,8 @@ def test_advantages_by_hand(reward):
 
 
 # ------------------------------------------------------------------------------------ policy loss
-@pytest.mark.parametrize(
-    ("algorithm", "rho", "advantage", "loss", "slope"),  # slope: d loss / d log p
-    table("clipping"),
-)
+# slope: d loss / d log p
+@pytest.mark.parametrize(("algorithm", "rho", "advantage", "loss", "slope"), table("clipping"))
 def test_clipping_by_hand(algorithm, rho, advantage, loss, slope):
     """Value and slope on both sides of both bounds: a clipped token does not move the policy."""
     log_ratio = torch.tensor([math.log(rho)], dtype=D)
@@ -132,13 +130,6 @@ def test_the_gradient_leads_the_student_to_the_teacher():
     topk_jsd(s.requires_grad_(), t, 5).backward()
     assert t.grad is None
     assert (grad_of(lambda z: topk_jsd(z, s, 5), t) - grad).abs().max() > 1e-3
-
-
-def test_a_word_of_the_teacher_outside_the_students_top_k_is_seen():
-    """The teacher puts half its mass on one unlikely word: nearly all of the exact JSD is seen."""
-    s = logits(13, 20, 5000)
-    t = s.scatter(1, s.topk(1000).indices[:, -1:], s.logsumexp(1, keepdim=True))
-    assert (topk_jsd(s, t, 10) / topk_jsd(s, t, 5000)).min() > 0.95
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])

@@ -215,10 +215,7 @@ HEALTHY |= {"groups_all_solved": 0.0, "jsd": 0.1, "hint_recall": 0.9, "accuracy"
 SHOWN = {"chance": 0.4, "texts": ["some words"], "answer": "7"}
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    table("warnings"),
-)
+@pytest.mark.parametrize(("change", "words"), table("warnings"))
 def test_warnings_come_after_ten_such_steps(change, words, capsys):
     """Each names the signal and a remedy; one sound step among the ten, and nothing is said."""
     sick = HEALTHY | change

@@ -9,8 +9,7 @@ from unittest.mock import Mock
 import pytest
 import tiny_qwen
 import torch
-from helpers import ROOT, contents, rows, timeless
-from PIL import Image
+from helpers import ROOT, contents, rows, save_pictures, timeless
 
 import ptdpo
 from ptdpo import main
@@ -18,14 +17,15 @@ from ptdpo import main
 pytestmark = pytest.mark.usefixtures("signals", "undrawn")
 SMALL = """--steps 3 --prompts 2 --group 4 --max-tokens 12 --max-pixels 20000 --eval-problems 2
     --eval-every 2 --save-every 2 --top-k 5 --lr 1e-3"""
+DATA = """--steps 2 --prompts 7 --group 2 --max-tokens 5 --eval-problems 4 --eval-every 1 --top-k 5
+    --max-pixels 12000 --micro-batch 3 --train-vision"""
 
 
 def write_data(path):
     """Lines with one, two and no pictures."""
-    lines = []
-    for i, names in enumerate((["0.png"], ["0.png", "1.png"], [])):
-        Image.new("RGB", (60 + 30 * i, 50), (80 * i, 90, 30)).save(path.with_name(f"{i}.png"))
-        lines.append({"images": names, "problem": "How many?", "answer": "2", "hint": "Compare."})
+    save_pictures(path.parent)
+    line = {"problem": "How many?", "answer": "2", "hint": "Compare."}
+    lines = [line | {"images": names} for names in (["rgb.png"], ["rgb.png", "deep.png"], [])]
     path.write_text("\n".join(map(json.dumps, lines)))
 
 
@@ -138,3 +138,26 @@ def test_errors_have_their_own_reason(tmp_path, capsys, monkeypatch):
         error = run_and_read("", tmp_path, capsys)
         assert words in error and "peft" not in error
         assert ("a folder" in error) == (type(reason) is RuntimeError)
+
+
+@pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
+def test_every_kind_of_line_trains(family, tmp_path):
+    """Thirteen lines: nine kinds of pictures, two pictures, marks in the text, and none at all."""
+    pytest.importorskip("math_verify")
+    names = save_pictures(tmp_path)
+    lines = [{"images": name, "problem": "How many?", "answer": "3"} for name in names]
+    two = ["rgb.png", "exif.jpg"]
+    lines += [
+        {"images": two, "problem": "Do both show the same?", "answer": "no"},
+        {"images": two, "problem": "Is <image> left of <image> ?", "answer": "(B)"},
+        {"images": ["rgb.png"], "problem": "Look at <image> closely.", "answer": "$\\frac{1}{2}$"},
+        {"images": [], "problem": "What is 2 + 2?", "answer": "4", "hint": "Count on."},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(line) for line in lines))
+    tiny_qwen.save(tmp_path / "model", family)
+    flags = ["--model", str(tmp_path / "model"), "--data", str(data), "--eval-data", str(data)]
+    assert main([*flags, *DATA.split(), "--out", str(tmp_path / "out")]) == 0
+    logged = rows(tmp_path / "out" / "ptdpo" / "metrics.jsonl")
+    assert [row["step"] for row in logged] == [1, 2]
+    assert all(row["skipped"] == 0 and row["jsd"] > 0 for row in logged)

@@ -15,15 +15,11 @@ PAGES = {"README.md": README, **DOCS}
 
 
 def test_readme_is_one_page():
-    """At most 160 lines, 2,000 words and two tables, nothing left to be filled in."""
+    """At most 160 lines, 2,000 words and two tables; a picture and two commands come first."""
     assert len(README.splitlines()) <= 160
     assert len(README.split()) <= 2000
     assert len(re.findall(r"^\|(?:-+\|)+$", README, re.MULTILINE)) <= 2
     assert "@@" not in README and "TODO" not in README
-
-
-def test_first_screen():
-    """A sentence, a picture, two commands, before the first heading."""
     top = README[: README.index("## ")]
     assert "![" in top
     assert "pip install -r requirements.txt && python ptdpo.py --toy" in top
@@ -70,10 +66,7 @@ def test_the_six_lines_are_those_of_the_step():
     assert len(rows) == 6
     places = [step.index(f"= {name}(") for name in rows]
     assert places == sorted(places)
-
-
-def test_departures_are_numbered_alike():
-    """Six departures, here and in the docstring of ptdpo.py."""
+    # Six departures, here and in the docstring of ptdpo.py.
     section = README[README.index("## Departures") :]
     assert re.findall(r"^(\d)\. ", section, re.MULTILINE) == list("123456")
     assert re.findall(r"^  (\d)\. ", ptdpo.__doc__, re.MULTILINE) == list("123456")

@@ -91,13 +91,6 @@ def test_more_steps(tmp_path):
     assert run["config"]["steps"] == 4
 
 
-def test_threads_are_those_of_the_run(task, monkeypatch):
-    """Another number of threads would round differently."""
-    monkeypatch.setattr(torch, "set_num_threads", Mock())
-    ptdpo.load_policy(ptdpo.Config(threads=3), task)
-    torch.set_num_threads.assert_called_once_with(3)
-
-
 @pytest.mark.parametrize(("every", "steps"), [("1", [1, 2, 3]), ("2", [2, 3]), ("50", [3])])
 def test_checkpoints_come_as_often_as_told(every, steps, tmp_path, monkeypatch):
     """And at the end. What is saved are the live tensors: there is no copy in memory."""
@@ -148,11 +141,7 @@ def test_two_processes_as_a_user_starts_them(tmp_path, capsys):
         waiting.discard(line.split()[0])
     before = [(tmp_path / method / "run.json").read_text() for method in ("grpo", "ptdpo")]
     again = start(tmp_path, "--overwrite", "--seed", "1", steps=2)
-    for argv in (
-        again,
-        ["--resume", str(tmp_path / "ptdpo")],
-        ["--resume", str(tmp_path / "grpo")],
-    ):
+    for argv in (again, *(["--resume", str(tmp_path / method)] for method in ("ptdpo", "grpo"))):
         capsys.readouterr()
         assert main(argv) == 2
         error = capsys.readouterr().err

@@ -7,18 +7,10 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
-from helpers import (
-    batch_of,
-    close,
-    config,
-    gradient,
-    make_batch,
-    plain_forward,
-    table,
-    with_verdicts,
-)
+from helpers import batch_of, close, config, gradient, make_batch, plain_forward, table
 
 import ptdpo
 from toy_tasks import Grade
@@ -198,10 +190,8 @@ def test_parts_of_a_hint(task, policy, scenes, changes, text, regions):
 
 
 # -------------------------------------------------------------------------------- tutored teacher
-@pytest.mark.parametrize(
-    ("tau", "on", "groups", "under_kl"),  # solved shares 1/4, 1/2, 0, 1
-    table("tau, distill_on and kl_on"),
-)
+# solved shares 1/4, 1/2, 0, 1
+@pytest.mark.parametrize(("tau", "on", "groups", "under_kl"), table("tau, distill_on and kl_on"))
 def test_tau_distill_on_and_kl_on(policy, ref, task, tau, on, groups, under_kl):
     """Failed answers of groups below tau are distilled; as released, the others have the KL."""
     rollout, _, _ = make_batch(policy, ref, task, config(method="grpo"), MIXED)
@@ -391,9 +381,8 @@ def test_padding_changes_nothing(policy, ref, task, monkeypatch):
     assert all(value.isfinite().all() for value in tokens.values())
 
 
-@pytest.mark.parametrize(
-    ("method", "solved"), [("grpo", 0), ("grpo", 1), ("ptdpo", 1), ("ptdpo", 0)]
-)
+@pytest.mark.parametrize("method", ["grpo", "ptdpo"])
+@pytest.mark.parametrize("solved", [0, 1])
 def test_flat_groups_teach_by_the_tutor_alone(policy, ref, task, method, solved):
     """All failed or all solved, without KL: gradient exactly 0, unless the tutor speaks."""
     c = config(method=method, kl_weight=0.0)
@@ -449,7 +438,7 @@ def test_a_step_is_its_parts_and_both_methods_meet_the_same_noise(policy, ref, t
     rollouts = []
 
     def sample(*args, **kwargs):
-        rollouts.append(with_verdicts(plain(*args, **kwargs), MIXED))
+        rollouts.append(helpers.with_verdicts(plain(*args, **kwargs), MIXED))
         return rollouts[-1]
 
     monkeypatch.setattr(ptdpo, "sample_and_grade", sample)

@@ -9,12 +9,7 @@ from experiments.small_qwen import SPECIAL, TEMPLATE
 from toy_tasks import Grade
 from toy_tasks.free_text import FreeText
 
-PROCESSORS = {
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "qwen3_vl": "Qwen3VLProcessor",
-}
-FAMILIES = tuple(PROCESSORS)
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TOKEN = {mark: 256 + i for i, mark in enumerate(SPECIAL)}
 
 
@@ -52,7 +47,7 @@ def vision_settings(family, hidden):
 
 def config(family, hidden=64, layers=3):
     """Settings of a model, as its config.json has them."""
-    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+    from transformers import AutoConfig
 
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     text = {
@@ -70,8 +65,8 @@ def config(family, hidden=64, layers=3):
     }
     if family == "qwen3_vl":
         text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}}
-    kinds = dict(zip(FAMILIES, (Qwen2VLConfig, Qwen2_5_VLConfig, Qwen3VLConfig)))
-    return kinds[family](
+    return AutoConfig.for_model(
+        family,
         text_config=text,
         vision_config=vision_settings(family, hidden),
         tie_word_embeddings=family != "qwen2_5_vl",
@@ -100,7 +95,6 @@ def save(folder, family, dtype=torch.float32, seed=0, gain=4.0, **sizes):
     qwen3 = family == "qwen3_vl"
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessorFast" if qwen3 else "Qwen2VLImageProcessor",
-        "processor_class": PROCESSORS[family],
         "patch_size": 16 if qwen3 else 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
