@@ -191,6 +191,7 @@ class Groups:
         """The groups from start up to, and without, stop."""
         group = len(self.mask) // len(self.prompts)
         part = {}
+        # A field that is None, since it is not known yet, keeps its default.
         for name, value in vars(self).items():
             if isinstance(value, list):
                 part[name] = value[start:stop]
@@ -239,8 +240,11 @@ class Batch(Groups):
 
 
 # ------------------------------------------------------------------------------- sample and grade
+# Step 1. All randomness of a step comes from generator(), and its key says what it is for. So both
+# methods, several processes and a resumed run draw the same numbers, whatever else they do.
 def generator(*key):
     """A random stream that depends on its key alone."""
+    # Python's own hash() would differ from process to process.
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -286,6 +290,7 @@ def sample_and_grade(policy, task, problems, group, key, greedy=False, hints=Non
 
 
 # -------------------------------------------------------------------------------------- advantage
+# Step 2. An answer is compared with the others to the same question, not with those to easier ones.
 def group_advantages(rewards, group_size):
     """Reward relative to the group: A_i = (r_i - mean) / (std + 1e-6), with the sample std.
 
@@ -301,6 +306,8 @@ def group_advantages(rewards, group_size):
 
 
 # ------------------------------------------------------------------------ reference and attention
+# Step 3. The answers are known, so one pass over them gives their log-probs and shows where a model
+# looks while it reads them. It often looks at the right place even where the answer is wrong.
 @torch.no_grad()
 def read_answers(model, groups, layers, config):
     """A model, usually the reference, reads answers -> logp [N, T], relevance [B] of [L, R].
@@ -336,6 +343,8 @@ def completion_logp(model, hidden, groups):
 
 
 # ------------------------------------------------------------------------------------------- hint
+# Step 4. What the teacher will know and the student does not. It may say where to look and how to
+# proceed, but never what comes out: a teacher that knows the solution need not look at the picture.
 HINTS = ("attention", "votes", "oracle", "random", "answer", "none")
 
 
@@ -395,6 +404,8 @@ def build_hints(ref, task, rollout, relevance, config, key):
 
 
 # -------------------------------------------------------------------------------- tutored teacher
+# Step 5. The teacher corrects the student's own answers word by word. It writes none of its own, so
+# the student learns what to do in the situations that it brings about itself.
 def answers_to_distill(rollout, config):
     """The answers to distil, bool [N]: the failed ones of groups whose solved share is below tau.
 
@@ -443,6 +454,9 @@ def read_teacher(ref, rollout, hints, distill, config):
 
 
 # ----------------------------------------------------------------------------------------- losses
+# Step 6, first half: from logits to the loss of a chunk of tokens. policy_loss, kl_to_reference and
+# topk_jsd are the three terms. token_weights says how much each token counts in each of them, and
+# token_losses adds them up.
 CLIP = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # low, high
 FLOOR = -1e30  # stands for log 0: unlike -inf, it gives no NaN when it is multiplied by 0
 
@@ -610,6 +624,9 @@ def token_losses(logits, teacher_logits, columns, config):
 
 
 # ----------------------------------------------------------------------------------------- update
+# Step 6, second half: from the loss of a token to weights that have moved. update walks through the
+# groups, backward goes through the model, head_backward through the language head, and there
+# token_losses is called.
 CLIP_NORM = 1.0  # gradients are scaled down to this norm
 
 
@@ -644,6 +661,7 @@ def update(policy, ref, optimizer, batch, config, step):
             skipped += 1
         optimizer.zero_grad()  # the next rollout needs the memory
         norms.append(norm.item())
+    # The columns of token_losses.
     names = ("logp", "entropy", "kl", "jsd")
     by_name = dict(zip(names, torch.cat(values).unbind(-1)))
     return by_name, mean_of_all(norms), skipped
@@ -736,6 +754,8 @@ def even_cuts(count, parts):
 
 
 # ---------------------------------------------------------------------------- metrics and monitor
+# A metric is computed over all tokens, answers or groups of a step and over all processes, not as a
+# mean of means. What has no entry here is not logged.
 METRICS = {
     "step": "number of the training step",
     "reward": "mean reward of the sampled answers",
@@ -827,6 +847,7 @@ def auroc(scores, positive):
     """Probability that a positive scores above a negative, ties half; None if a side is empty."""
     if positive.all() or not positive.any():
         return None
+    # Of all pairs of a positive and a negative.
     gap = scores[positive][:, None] - scores[~positive]
     return ((gap > 0).float() + (gap == 0).float() / 2).mean().item()
 
@@ -864,6 +885,8 @@ def monitor(rows, first, chance):
 
 
 # ------------------------------------------------------------------------------------- evaluation
+# Held-out problems, and the noise of the answers to them, are the same at every evaluation and for
+# every seed. So what changes in a curve is the model.
 CALIBRATION = 32  # problems with known targets, by which layers are ranked
 EVAL_BATCH = 64  # held-out problems come in batches of this size, or up to twice as large
 SAMPLES = 8  # answers to a problem for pass_1, pass_8 and ways
@@ -886,6 +909,7 @@ def calibrate(ref, task, config):
     _, relevance = read_answers(ref, rollout, range(ref.num_layers), config)
     rows = []
     for problem, by_layer in zip(problems, relevance):
+        # As build_hints would choose, but without noise that breaks ties.
         best = by_layer.topk(min(config.hint_regions, by_layer.shape[-1])).indices.tolist()
         rows.append([recall(regions, problem.targets) for regions in best])
     found = [mean_of_all(column) for column in zip(*rows)]
@@ -945,6 +969,7 @@ def evaluate_samples(policy, task, config):
                 if right_reason:
                     right.append(text)
             pairs = list(combinations(right, 2))
+            # Answers that are right for the wrong reason are left out: luck is no other way.
             if pairs and hasattr(task, "ways"):
                 differ.append(sum(a != b for a, b in pairs))
                 by_chance.append(len(pairs) * (1 - 1 / task.ways(problem)))
@@ -965,6 +990,7 @@ def knob(default, text, *choices, least=None):
 class Config:
     """Everything that shapes a run. Every field is a flag and is stored in run.json."""
 
+    # the run
     method: str = knob("ptdpo", "grpo: reward alone; ptdpo: reward and tutoring", "grpo", "ptdpo")
     seed: int = knob(0, "seeds problems and sampling noise", least=0)
     steps: int = knob(100, "training steps", least=1)
@@ -972,6 +998,7 @@ class Config:
     difficulty: float = knob(1.0, "clutter and noise of the counting scenes, 0 is calm", least=0)
     prompts: int = knob(16, "prompts a step (B)", least=1)
     group: int = knob(8, "answers to each prompt (G)", least=2)
+    # the update
     algorithm: str = knob("grpo", "form of the policy loss", "grpo", "dapo", "gspo")
     lr: float = knob(3e-4, "learning rate of AdamW, constant", least=0)
     updates_per_batch: int = knob(1, "updates that a batch is split into", least=1)
@@ -979,6 +1006,7 @@ class Config:
     policy_weight: float = knob(1.0, "weight of the policy loss; 0: distillation alone", least=0)
     kl_weight: float = knob(0.01, "beta, weight of the KL to the reference", least=0)
     kl_on: str = knob("all", "groups under the KL (released: untutored)", "all", "untutored")
+    # tutoring
     distill_weight: float = knob(1.0, "lambda, weight of the JSD", least=0)
     distill_decay: bool = knob(False, "let lambda fall linearly to 0 over the run")
     distill_on: str = knob("failed", "answers to distil; all ignores tau", "failed", "all")
@@ -988,6 +1016,7 @@ class Config:
     hint: str = knob("attention", "what picks the regions; answer: tells the answer", *HINTS)
     hint_parts: str = knob("both", "where to look, which steps to take", "where", "steps", "both")
     hint_regions: int = knob(10, "M, regions in every hint", least=1)
+    # what is measured and saved
     eval_every: int = knob(5, "steps between evaluations", least=1)
     eval_split: str = knob("validation", "held-out problems", "validation", "test")
     eval_problems: int = knob(256, "how many held-out problems", least=1)
@@ -1026,6 +1055,7 @@ def make_config(given):
         choices = f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"{flag} {value}: give {' or '.join(choices)}")
+        # Put this way, it refuses nan and infinity as well.
         if least is not None and not least <= value < 2**31:
             raise UserError(f"{flag} {value}: give at least {least}")
     fewest = RANKS * config.updates_per_batch
@@ -1045,6 +1075,8 @@ def make_config(given):
 
 
 # ------------------------------------------------------------------------------ the loop, and runs
+# A run can be killed at any moment and goes on as if nothing had been: each file is replaced as a
+# whole, logs are written before the checkpoint, and what they have too much is cut off.
 STOP = []  # signals received: the step in progress is finished and saved first
 
 
@@ -1122,6 +1154,7 @@ def measure_base(policy, task, config, folder):
 def fingerprint(policy):
     """SHA-256 of at most 131,071 values of each weight, evenly spread."""
     digest = hashlib.sha256()
+    # A part will do: two bases differ everywhere, and all weights of 8B would take minutes.
     for name, p in policy.named_parameters():
         values = p.detach().flatten()[:: max(1, p.numel() // 65536)].float()
         digest.update(name.encode() + values.cpu().numpy().tobytes())
@@ -1215,6 +1248,7 @@ def sample_row(policy, rollout, hints, relevance, values, config):
     group = len(rollout.texts[0])
     lengths = rollout.mask[:group].sum(1).tolist()
     ids = [row[:length] for row, length in zip(rollout.completion.tolist(), lengths)]
+    # The first group is as good as any: problems come in random order.
     row = {"question": problem.question, "answer": problem.answer, "texts": rollout.texts[0]}
     row["tokens"] = [[policy.text([i]) for i in answer] for answer in ids]
     row["jsd"] = [jsd[:length].tolist() for jsd, length in zip(values["jsd"], lengths)]
@@ -1230,6 +1264,7 @@ def sample_row(policy, rollout, hints, relevance, values, config):
 
 def thumbnail(picture):
     """A small copy of a picture, as PNG in base64."""
+    # Samples are to be looked at. With pictures in full the file would grow by megabytes a row.
     small = picture.copy()
     small.thumbnail((336, 336))
     file = io.BytesIO()
@@ -1266,6 +1301,7 @@ def locked(folder):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a") as file:
         try:
+            # The system drops the lock with its process, however that ends: none is left behind.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process trains it; wait, or change --out") from None
@@ -1277,6 +1313,7 @@ def create_run(config, folder):
     with locked(folder):
         for name in ("checkpoint.safetensors", "metrics.jsonl", "samples.jsonl"):
             (folder / name).unlink(missing_ok=True)
+        # Whoever reads the run later can find the code that made it.
         git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
@@ -1347,6 +1384,9 @@ def run(folder, task=None, steps=None):
 
 
 # -------------------------------------------------------------------------------- the Qwen models
+# All that a large model needs and the toy does not: chat template, pixels, positions of three axes,
+# a cache, two precisions, adapters. Sampling is a loop of our own, because each answer has its own
+# noise. Training reads a row in which the prompt of a group stands once.
 @dataclass
 class HFPrompt:
     """One encoded prompt of P tokens. With and without a hint, it shares its pictures."""
@@ -1467,6 +1507,7 @@ class HFPolicy(torch.nn.Module):
         N, T = uniforms.shape
         G = N // len(prompts)
         left = {"batch_first": True, "padding_side": "left"}
+        # On the left, so that the last tokens of all prompts stand in one column.
         ids = pad_sequence([prompt.ids for prompt in prompts], **left)  # [B, P]
         real = pad_sequence([torch.ones_like(prompt.ids) for prompt in prompts], **left)
         positions = pad_sequence([prompt.positions for prompt in prompts], **left)  # [B, P, 3]
@@ -1671,18 +1712,21 @@ def open_model(config, name, dtype):
         size["shortest_edge"] = size["longest_edge"] // 4
     # cuDNN makes a plan for every new number of keys, and decoding has a new one each token.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # Weights under adapters never change, so they need no digits for small steps.
     weights = dtype if config.lora else torch.float32
     model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype=weights)
     from transformers.masking_utils import sdpa_mask
 
     hf.AttentionInterface.register("packed", packed_attention)
     hf.AttentionMaskInterface.register("packed", sdpa_mask)
+    # The decoder alone: pictures are read by the attention of the vision tower.
     model.set_attn_implementation({"text_config": "packed"})
     model.model.visual.requires_grad_(config.train_vision)
     base = model
     if config.lora:
         import peft
 
+        # Every linear layer of the decoder; vision tower and head stay as they are.
         layers = r".*language_model\.layers\..*_proj"
         adapters = peft.LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules=layers)
         with torch.random.fork_rng(), warnings.catch_warnings():
@@ -1728,6 +1772,7 @@ def gather(values):
     sizes = torch.zeros(RANKS, dtype=torch.long)
     sizes[RANK] = len(values)
     sizes = over_ranks(sizes).tolist()
+    # Each process fills in its own part, and the sum puts the parts together.
     whole = values.new_zeros(sum(sizes))
     start = sum(sizes[:RANK])
     whole[start : start + len(values)] = values
@@ -1736,6 +1781,7 @@ def gather(values):
 
 def sum_gradients(parameters):
     """Sum the gradients over all processes. None counts as 0, and stays None if all have None."""
+    # All processes must take part in the same exchanges, so first it is asked who has a gradient.
     present = over_ranks(torch.tensor([float(p.grad is not None) for p in parameters]))
     for p, count in zip(parameters, present.tolist()):
         if count:
@@ -1759,6 +1805,8 @@ def together():
 
 
 # ------------------------------------------------------------------------------- the command line
+# Flags are checked before anything is loaded or written. A mistake of the user raises UserError
+# wherever it is found, and guard turns it into one line and exit code 2.
 def parse(argv):
     """Command line -> the given flags by name; defaults are not filled in."""
 
@@ -1774,6 +1822,7 @@ def parse(argv):
     add("--help-metrics", action="store_true", help="what each metric means")
     add("--out", type=Path, metavar="DIR", help="folder of the runs (default runs/NAME)")
     add("--overwrite", action="store_true", help="replace a run that stands there")
+    # A new field of Config is a flag at once, with its type, its choices and its help.
     for f in fields(Config):
         kind = {"type": f.type, "choices": f.metadata["choices"] or None}
         if f.name == "method":
@@ -1840,6 +1889,7 @@ def side_by_side(folders, steps):
 
 def train_command(given):
     """--toy, --model, --resume: train one run or two, then draw them, also after a signal."""
+    # Only now, and only this: it reads the files of runs, and imports nothing of ours.
     from experiments import figures
 
     task = None
@@ -1852,6 +1902,7 @@ def train_command(given):
         large = read_run(folders[0])["config"]["model"]
     stopped = None
     try:
+        # Two large models need not fit side by side, so these are trained one after the other.
         if len(folders) > 1 and RANKS == 1 and not large:
             side_by_side(folders, given.get("steps"))
         else:
@@ -1876,6 +1927,7 @@ def evaluate_run(folder, changes):
     config = replace(Config(**stored["config"]), **changes)
     task = make_task_of(config)
     policy = load_policy(config, task)
+    # The base first: load_checkpoint overwrites it.
     table = {"base": evaluate(policy, task, config)}
     if stored.get("layers"):
         table["base, tutored"] = evaluate(policy, task, config, stored["layers"])

@@ -149,6 +149,7 @@ class TinyVLM(nn.Module):
         # Positions count from the first real word, so it does not matter what shares the batch.
         place = torch.arange(P) - (P - lengths[:, None])  # [B, P], negative in padding
         words = self.embed(ids) + self.position[place.clamp_min(0)]
+        # The words for the cells once more: what the decoder attends to, it can name.
         x = torch.cat([self.projector(image) + cells, words], 1)
         visible = torch.cat([torch.ones(B, s * s, dtype=torch.bool), place >= 0], 1)
         mask = visible[:, None, None].expand(-1, -1, x.shape[1], -1)
@@ -173,9 +174,11 @@ class TinyVLM(nn.Module):
         ids = torch.zeros(N, T, dtype=torch.long)
         running = torch.ones(N, dtype=torch.bool)
         for t in range(T):
+            # One column for each answer: all that came before is in the keys and values.
             token = pick(hidden[:, 0] @ self.head_weight.T, uniforms[:, t], greedy)
             ids[:, t] = token * running  # behind its end an answer is padded with 0
             running = running & (token != 0)
+            # What would follow the last token, or the end of the last answer, is not needed.
             if t == T - 1 or not running.any():
                 break
             x = self.embed(token)[:, None] + self.position[lengths + t][:, None]
@@ -199,6 +202,7 @@ class TinyVLM(nn.Module):
         places = lengths.repeat_interleave(repeats)[:, None] + torch.arange(T - 1)
         x = self.embed(completion[:, :-1]) + self.position[places]
         before = visible.repeat_interleave(repeats, 0)[:, None].expand(-1, T - 1, -1)
+        # All tokens at once: each sees the prefix, and of its answer what came before.
         causal = torch.ones(T - 1, T - 1, dtype=torch.bool).tril().expand(N, -1, -1)
         seen = torch.cat([before, causal], 2)[:, None]
         looks = []
@@ -218,6 +222,7 @@ def pick(logits, uniforms, greedy):
     """Tokens [N]: the likeliest, or the first whose cumulative probability exceeds u [N]."""
     if greedy:
         return logits.argmax(-1)
+    # In double: over 150,000 words the sum of float32 would be off by more than a rare word has.
     cumulative = logits.double().softmax(-1).cumsum(-1)
     below = cumulative <= uniforms[:, None] * cumulative[:, -1:]
     return below.sum(-1).clamp_max(logits.shape[-1] - 1)  # rounding may not point beyond the last

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = json.loads((ROOT / "tests" / "grading_cases.json").read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------ grading
+# ---------------------------------------------------------------------------------------- grading
 @pytest.mark.parametrize("kind", CASES["matches"])
 def test_matches(kind):
     """A row is an answer, a gold answer, and whether the answer is right."""
@@ -123,7 +123,7 @@ def test_own_reward(tmp_path, monkeypatch):
             FreeText(reward=name)
 
 
-# --------------------------------------------------------------------------------- the spoiler rule
+# ------------------------------------------------------------------------------- the spoiler rule
 @pytest.mark.parametrize("kind", ["spoiled", "harmless", "missed"])
 def test_spoiler_rule(kind):
     """What is caught, what may stay, and what the rule is known to miss."""
@@ -139,7 +139,7 @@ def test_good_hints_pass():
     assert sum(free_text.spoils(hint, answer) for hint, answer in pairs) <= 10
 
 
-# ----------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------- pictures
 def test_deep_pictures_keep_their_range(tmp_path):
     """A ramp in 12, 16 and 32 bits and in floats becomes the ramp from 0 to 255."""
     ramp = np.arange(64).reshape(8, 8)
@@ -170,7 +170,7 @@ def test_kinds_of_pictures(tmp_path):
     assert opened["grey.png"].getpixel((5, 5)) == (0, 0, 0)
 
 
-# ------------------------------------------------------------------------------ problems from files
+# ---------------------------------------------------------------------------- problems from files
 @lru_cache
 def bomb():
     """A small file that unpacks to 91 million pixels."""
@@ -295,7 +295,7 @@ def test_calibration_of_files_is_on_scenes(data):
     assert task.problem("calibration", 0, 1) == FreeText().problem("calibration", 0, 1)
 
 
-# ------------------------------------------------------------------- the converters of docs/data.md
+# ----------------------------------------------------------------- the converters of docs/data.md
 RED = Image.new("RGB", (30, 20), "red")
 VISION = {"question": "Which fits <image1>?", "options": ["12 cm", "red"], "decoded_image": RED}
 LAYOUTS = {  # a row of each data set: how many pictures, problem and answer come of it
@@ -334,7 +334,7 @@ def test_converters(data, layout):
     assert (len(problem.images), question, problem.answer) == wanted
 
 
-# -------------------------------------------------------------------------------- counting in words
+# ------------------------------------------------------------------------------ counting in words
 def test_counting_in_words():
     """The toy's scenes, drawn large; targets are the places that hold the matches' centres."""
     task = FreeText(difficulty=1.0)

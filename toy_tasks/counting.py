@@ -52,6 +52,7 @@ def draw(objects, noise, rng, cell=8):
     picture = Image.new("RGB", (SIDE * cell, SIDE * cell), (28, 28, 32))
     pen = ImageDraw.Draw(picture)
     for at, (colour, shape) in objects.items():
+        # No two pictures of an object are alike, so pixels cannot be learned by heart.
         x = at % SIDE * cell + rng.randint(0, 1) * unit
         y = at // SIDE * cell + rng.randint(0, 1) * unit
         ink = tuple(int(value * rng.uniform(0.8, 1)) for value in COLOURS[colour])
@@ -94,11 +95,13 @@ class Counting:
         """A scene with so many matches of the question and so many others, 2 of 3 near misses."""
         colour = rng.choice(list(COLOURS))
         shape = rng.choice(SHAPES)
+        # Matches and others share no cell, so a cell is right or wrong, nothing between.
         cells = rng.sample(range(SIDE * SIDE), matches + others)
         objects = dict.fromkeys(cells[:matches], (colour, shape))
         for cell in cells[matches:]:
             other_colour = rng.choice([c for c in COLOURS if c != colour])
             other_shape = rng.choice([s for s in SHAPES if s != shape])
+            # A near miss has the colour or the shape: one glance at either is not enough.
             kinds = [(colour, other_shape), (other_colour, shape), (other_colour, other_shape)]
             objects[cell] = kinds[rng.randrange(3)]
         picture, boxes = draw(objects, self.noise, rng, self.cell)

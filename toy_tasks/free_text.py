@@ -87,6 +87,7 @@ def matches(answer, gold):
     """Whether an answer is right, by the rules of docs/data.md; never if over 400 characters."""
     if max(len(answer), len(gold)) > 400:
         return False
+    # Another letter or unit is wrong whatever the value. What only one side has does not matter.
     letter, answer, unit = parts(answer)
     gold_letter, gold, gold_unit = parts(gold)
     if (letter and gold_letter not in ("", letter)) or (unit and gold_unit not in ("", unit)):
@@ -98,6 +99,7 @@ def matches(answer, gold):
         gold = re.sub(r"^\D*= *", "", gold)
     if re.fullmatch(NUMBER, answer) and re.fullmatch(NUMBER, gold):
         return float(answer) == float(gold)
+    # Words are compared as words: to the library, letters are variables that may change places.
     both = f"{answer}\n{gold}"
     if re.search(TEXT, re.sub(r"\\[a-zA-Z]+|\band\b", "", both)):
         return answer.casefold().replace(" ", "") == gold.casefold().replace(" ", "")
@@ -275,6 +277,8 @@ class JsonlTask(FreeText):
         marks = problem.count("<image>")
         if not problem.strip() or marks not in (0, len(images)) or "<image>" in answer + hint:
             raise ValueError("problem is missing, or <image> marks are not as many as pictures")
+        # Without its wrapping. If even the true answer would be graded wrong, as with a range or a
+        # long text, no answer could ever be solved: better to hear of it now than after hours.
         answer = (extract(answer) or answer.rpartition("####")[2]).strip()
         if not self.reward and not matches(extract(f"\\boxed{{{answer}}}") or "", answer):
             raise ValueError(f"answer {answer!r:.60} could never be graded right; mend or drop it")
@@ -295,6 +299,7 @@ class JsonlTask(FreeText):
         if split == "train":
             random.Random(f"epoch/{seed}/{epoch}").shuffle(rows)
         row = rows[at]
+        # Opened when it is used: the pictures of a whole file would not fit into memory.
         try:
             pictures = [open_picture(image) for image in row["images"]]
         except ValueError as error:
