@@ -103,8 +103,8 @@ def train_step(policy, ref, task, optimizer, config, layers, step):
     PTD-PO has `--hint attention`. Returns the metrics of the step and, for samples.jsonl, one group
     in full.
     """
-    # Problems and sampling noise depend on the seed and the step alone (common random numbers):
-    # both methods, and a run that was resumed, meet the same ones.
+    # Problems and sampling noise depend on the seed, the step and the number of prompts alone
+    # (common random numbers): both methods, and a run that was resumed, meet the same ones.
     key = (config.seed, step)
     problems = pose(task, "train", config.seed, step * config.prompts, config.prompts)
     # 1. The student answers each problem G times, and the task grades the answers.
@@ -169,9 +169,10 @@ class Policy(Protocol):
     def forward(self, prompts: list, completion: torch.Tensor, mask: torch.Tensor, layers=()):
         """Read given answers (teacher forcing) -> hidden [N, T, H], attention [B] of [L, G, R].
 
-        hidden[:, t] predicts token t; in padding, where mask is false, it may be anything finite.
-        attention is that of the predicting positions to the regions of the pictures, by layer of
-        `layers`, a mean over heads and over the tokens in mask. Without layers the list is empty.
+        hidden is float32. hidden[:, t] predicts token t; in padding, where mask is false, it may be
+        anything finite. attention is that of the predicting positions to the regions of the
+        pictures, by layer of `layers`, a mean over heads and over the tokens in mask. Without
+        layers the list is empty.
         """
 
     def region_names(self, prompt) -> list[str]:
@@ -240,8 +241,8 @@ class Batch(Groups):
 
 
 # ------------------------------------------------------------------------------- sample and grade
-# Step 1. All randomness of a step comes from generator(), and its key says what it is for. So both
-# methods, several processes and a resumed run draw the same numbers, whatever else they do.
+# Step 1. The noise of sampling, and that which breaks ties in hints, comes from generator() and
+# depends on a key alone. So both methods, any number of processes and a resumed run draw the same.
 def generator(*key):
     """A random stream that depends on its key alone."""
     # Python's own hash() would differ from process to process.
@@ -258,8 +259,8 @@ def pose(task, split, seed, first, count):
 def sample_and_grade(policy, task, problems, group, key, greedy=False, hints=None):
     """Sample `group` answers to each problem, alone or with hints [B], and grade them -> Rollout.
 
-    The noise of an answer depends on key, the index of its problem and its own index in the group.
-    UserError if a grade cannot be given.
+    The noise of an answer depends on key, the index of its problem in this call and its own index
+    in the group. UserError if a grade cannot be given.
     """
     prompts = []
     uniforms = []
@@ -354,7 +355,7 @@ class Hint:
 
     regions: list  # indices of the named regions, in reading order
     text: str
-    rejected: bool  # the steps were left out, because they might give the solution away
+    rejected: bool  # the steps might give the solution away, so they are not in the text
 
 
 def build_hints(ref, task, rollout, relevance, config, key):
@@ -380,7 +381,7 @@ def build_hints(ref, task, rollout, relevance, config, key):
         noise = torch.rand(len(names), generator=generator(*key, RANK + b * RANKS, "ties"))
         score = noise.double() * 1e-9
         if config.hint == "attention":
-            score += relevance[b].mean(0)  # over the layers that are read, mostly one
+            score += relevance[b].mean(0)  # over the layers that are read: one
         elif config.hint == "votes":
             # How many answers name the region: is attention more than an echo of the answers?
             for grade in rollout.grades[b]:
@@ -479,10 +480,10 @@ def kl_to_reference(logp, logp_old, logp_ref):
     """Estimate of KL(pi_theta || pi_ref) at each token: rho (e^d - d - 1), d = logp_ref - logp.
 
     All of one shape. e^d - d - 1 is known as the k3 estimator. Alone, its expected gradient is that
-    of KL(pi_ref || pi_theta). Multiplied by rho, it is that of KL(pi_theta || pi_ref): tokens were
-    drawn from pi_old, so the mean of rho f is the mean of f under pi_theta, and the gradient of rho
-    is the part that comes from what is drawn. At the first update rho is 1 in value, but it has
-    this gradient.
+    of KL(pi_ref || pi_theta). Multiplied by rho, it is that of KL(pi_theta || pi_ref), since with f
+    for e^d - d - 1, and E over the tokens that pi_theta would draw,
+        gradient of E[f] = E[gradient of f] + E[f * gradient of log pi_theta],
+    and rho gives the second term. At the first update rho is 1 in value, but it has this gradient.
     """
     d = (logp_ref - logp).clamp(-20, 20)
     rho = (logp - logp_old).clamp(-20, 20).exp()
@@ -601,8 +602,8 @@ def token_losses(logits, teacher_logits, columns, config):
     """The loss of a chunk, a sum over its tokens, and the values of each token [n, 4].
 
     logits [n, V]; teacher_logits [n, V], or None where nothing is distilled. columns, made by
-    token_columns, each [n]: targets, advantages, logp_ref, logp_old, answer_log_ratio, and weights
-    [n, 3]. The values are log-prob, entropy, KL and JSD.
+    token_columns, each [n]: targets, advantages, logp_ref and weights [n, 3], and after the first
+    update logp_old, with GSPO answer_log_ratio. The values are log-prob, entropy, KL and JSD.
     """
     logp = logits.log_softmax(-1).gather(-1, columns["targets"][:, None])[:, 0]
     # At the first update the policy is still the one that sampled: the ratio is 1 in value, but it
@@ -661,7 +662,7 @@ def update(policy, ref, optimizer, batch, config, step):
             skipped += 1
         optimizer.zero_grad()  # the next rollout needs the memory
         norms.append(norm.item())
-    # The columns of token_losses.
+    # The last axis of the values that token_losses returns.
     names = ("logp", "entropy", "kl", "jsd")
     by_name = dict(zip(names, torch.cat(values).unbind(-1)))
     return by_name, mean_of_all(norms), skipped
@@ -680,7 +681,7 @@ def backward(policy, ref, part, config):
     # hidden, and adds to the gradient of the head; hidden.backward goes on from there. Row i of
     # teacher is the i-th distilled token: both are in the order of group, answer and token.
     values, grad = head_backward(policy, ref, hidden.detach(), distilled, teacher, columns, config)
-    hidden.backward(grad.to(hidden.dtype))
+    hidden.backward(grad)
     whole = values.new_zeros(*part.mask.shape, values.shape[-1])
     return whole.masked_scatter(part.mask[..., None], values)
 
@@ -760,7 +761,7 @@ METRICS = {
     "step": "number of the training step",
     "reward": "mean reward of the sampled answers",
     "solved": "share of sampled answers that are solved",
-    "groups_all_failed": "share of groups without a solved answer; GRPO learns little from them",
+    "groups_all_failed": "share of groups without a solved answer; with equal rewards GRPO is idle",
     "groups_mixed": "share of groups with both solved and failed answers",
     "groups_all_solved": "share of groups with solved answers only; nothing is left to learn",
     "distilled": "share of answer tokens that are distilled; if small, each carries much of lambda",
@@ -770,12 +771,12 @@ METRICS = {
     "entropy_failed": "the same over failed answers; null if there are none",
     "entropy_solved": "the same over solved answers; null if there are none",
     "answer_entropy": "entropy summed over the tokens of an answer, mean over answers, in nats",
-    "entropy_slope": "change of entropy a step, least squares over the last 10 steps",
+    "entropy_slope": "change of entropy per step, least squares over the last 10 steps",
     "grad_norm": "mean norm of the gradient before clipping; null if one was not finite",
     "skipped": "updates that were left out because their gradient was not finite",
     "completion_length": "mean tokens of an answer, its end included",
     "hint_recall": "share of the true targets among the hinted regions, by chance M/R; or null",
-    "hints_rejected": "share of hints whose steps could give the answer away, and were left out",
+    "hints_rejected": "share of problems whose steps could give the answer away: left out of hints",
     "credit": "probability that a mistake has a higher JSD than a right token of failed answers",
     "accuracy": "held-out problems, greedy: share solved; null between evaluations",
     "point_f1": "held-out problems, greedy: F1 of the named regions against the targets",
@@ -853,7 +854,7 @@ def auroc(scores, positive):
 
 
 def entropy_slope(rows):
-    """Least-squares slope of the entropy over rows of metrics, a step; None if it is unknown."""
+    """Least-squares slope of the entropy per step over rows of metrics; None if it is unknown."""
     y = [row["entropy"] for row in rows]
     if len(y) < 2 or None in y:
         return None
@@ -963,13 +964,14 @@ def evaluate_samples(policy, task, config):
         rollout = sample_and_grade(policy, task, problems, SAMPLES, ("sampled", start))
         for problem, texts, grades in zip(problems, rollout.texts, rollout.grades):
             solved.append([grade.solved for grade in grades])
+            # Answers that are right by luck, for other regions than the targets, are left out.
             right = []
             for text, grade in zip(texts, grades):
                 _, _, right_reason = judge(problem, grade)
                 if right_reason:
                     right.append(text)
             pairs = list(combinations(right, 2))
-            # Answers that are right for the wrong reason are left out: luck is no other way.
+            # Of n right ways, two that are chosen at random differ with probability 1 - 1/n.
             if pairs and hasattr(task, "ways"):
                 differ.append(sum(a != b for a, b in pairs))
                 by_chance.append(len(pairs) * (1 - 1 / task.ways(problem)))
@@ -991,7 +993,7 @@ class Config:
     """Everything that shapes a run. Every field is a flag and is stored in run.json."""
 
     # the run
-    method: str = knob("ptdpo", "grpo: reward alone; ptdpo: reward and tutoring", "grpo", "ptdpo")
+    method: str = knob("ptdpo", "reward alone, or tutoring too; --toy: both", "grpo", "ptdpo")
     seed: int = knob(0, "seeds problems and sampling noise", least=0)
     steps: int = knob(100, "training steps", least=1)
     base: str = knob("toy_tasks/base.safetensors", "the toy's base; '' for an untrained model")
@@ -1065,7 +1067,7 @@ def make_config(given):
         (config.model and config.hint == "votes", "--hint votes: free text names no regions"),
         (config.data and config.hint == "oracle", "--hint oracle: a file does not know regions"),
         (config.model and config.sample_batch < config.group, "--sample-batch: at least --group"),
-        (config.prompts < fewest, "--prompts: each process needs one an update"),
+        (config.prompts < fewest, "--prompts: each process needs one per update"),
         (min(config.eval_problems, CALIBRATION) < RANKS, "--eval-problems: each process needs one"),
     ]
     for wrong, text in checks:
@@ -1076,7 +1078,7 @@ def make_config(given):
 
 # ------------------------------------------------------------------------------ the loop, and runs
 # A run can be killed at any moment and goes on as if nothing had been: each file is replaced as a
-# whole, logs are written before the checkpoint, and what they have too much is cut off.
+# whole, logs are written before the checkpoint, and rows beyond the checkpoint are dropped.
 STOP = []  # signals received: the step in progress is finished and saved first
 
 
@@ -1273,7 +1275,9 @@ def thumbnail(picture):
 
 
 def report(config, rows, sample):
-    """Print the last row if it was evaluated, and every ten steps warnings."""
+    """Print the last row if it was evaluated, an update that was left out, and every ten steps
+    warnings.
+    """
     row = rows[-1]
     lines = []
     if row["accuracy"] is not None:
@@ -1578,7 +1582,8 @@ class HFPolicy(torch.nn.Module):
         for states, (_, tokens) in zip(output.last_hidden_state[0].split(sizes), groups):
             answers = states[-tokens.numel() :].unflatten(0, tokens.shape).float()
             hidden.append(F.pad(answers, (0, 0, 0, mask.shape[1] - tokens.shape[1])))
-        return torch.cat(hidden), list(map(self.by_region, prompts, zip(*recorded.values())))
+        looks = zip(*recorded.values())  # of each prompt, by layer; none without layers
+        return torch.cat(hidden), list(map(self.by_region, prompts, looks))
 
     def region_names(self, prompt):
         """Nine places a picture, with the number of the picture if there are several."""
@@ -1601,6 +1606,7 @@ class HFPolicy(torch.nn.Module):
             regions.append(9 * i + ninths.flatten().long())
         weights = F.one_hot(torch.cat(regions), 9 * len(regions)).to(attention)
         weights /= weights.sum(0).clamp_min(1)
+        # The last token of the prompt is not there: it stands in the rows of the answers.
         return attention[..., prompt.ids[:-1] == self.image_id] @ weights
 
 
@@ -1798,7 +1804,7 @@ def together():
         error = caught
     first = int(over_ranks(torch.tensor(RANK if error else RANKS), "MIN"))
     if first == RANK:
-        error.alone = True  # the other processes stay silent
+        error.alone = True  # guard prints it, whatever the rank; the other processes stay silent
         raise error
     if first < RANKS:
         raise SystemExit(2)
@@ -1829,7 +1835,8 @@ def parse(argv):
             kind["choices"] = ("both", "grpo", "ptdpo")
         if f.type is bool:
             kind = {"action": "store_true"}
-        text = f"{f.metadata['help']} (default {f.default or 'none'}"
+        default = "none" if f.default == "" else f.default
+        text = f"{f.metadata['help']} (default {default}"
         if f.name in QWEN_DEFAULTS:
             text += f"; with --model {QWEN_DEFAULTS[f.name]}"
         add("--" + f.name.replace("_", "-"), help=text + ")", **kind)
@@ -1889,7 +1896,7 @@ def side_by_side(folders, steps):
 
 def train_command(given):
     """--toy, --model, --resume: train one run or two, then draw them, also after a signal."""
-    # Only now, and only this: it reads the files of runs, and imports nothing of ours.
+    # This draws from the files of runs, and imports nothing of ours.
     from experiments import figures
 
     task = None
@@ -1946,7 +1953,8 @@ def command(argv):
         if len(actions) != 1:
             raise UserError("give one of --toy, --model, --resume and --eval; see --help")
         (action,) = actions
-        # Flags that may stand beside an action which goes by what is stored.
+        # Flags that may stand beside an action which goes by what is stored. With --toy and --model
+        # every flag may.
         changes = {"eval_split", "eval_problems"}
         allowed = {"resume": {"steps"}, "eval": changes, "help_metrics": set()}
         odd = given.keys() - actions - allowed.get(action, given.keys())
