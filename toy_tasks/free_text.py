@@ -239,6 +239,14 @@ class FreeText:
         return " ".join(part for part in (where, steps, spoiler) if part)
 
 
+@lru_cache(2)  # to shuffle a long file anew for each problem would cost more than a step
+def order(count, seed, epoch):
+    """In which order an epoch of training takes the lines of a file."""
+    lines = list(range(count))
+    random.Random(f"epoch/{seed}/{epoch}").shuffle(lines)
+    return lines
+
+
 class JsonlTask(FreeText):
     """Problems from JSON lines. All lines are checked when the files are read."""
 
@@ -294,10 +302,10 @@ class JsonlTask(FreeText):
         """
         if split == "calibration":
             return super().problem(split, seed, index)
-        rows = list(self.rows if split == "train" else self.eval_rows)
+        rows = self.rows if split == "train" else self.eval_rows
         epoch, at = divmod(index, len(rows))
         if split == "train":
-            random.Random(f"epoch/{seed}/{epoch}").shuffle(rows)
+            at = order(len(rows), seed, epoch)[at]
         row = rows[at]
         # Opened when it is used: the pictures of a whole file would not fit into memory.
         try:
