@@ -15,7 +15,7 @@ import ptdpo
 from experiments import summaries
 from experiments.reproduce import describe_call, make_parser, settings_of, shared, train_all
 
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3)
 LAMBDAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
