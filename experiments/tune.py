@@ -46,16 +46,18 @@ def choose(rows):
 
 
 def tune(given):
-    """Both stages."""
+    """Both stages; tune.json is written after each."""
     began = time.time()
     seeds = list(range(min(given.seeds, 5)))
     usual = {"ptdpo": {"distill_weight": 1.0}}
     rates = try_values(("grpo", "ptdpo", "distil_only"), "lr", RATES, usual, seeds, given)
     chosen = choose(rates)
+    found = {"chosen": chosen, "rates": rates, "lambdas": [], "seeds": seeds}
+    ptdpo.write_json(given.out / "tune.json", found | describe_call("tune", began))
     divergences = ("ptdpo", "forward_kl", "reverse_kl")
     lambdas = try_values(divergences, "distill_weight", LAMBDAS, chosen, seeds, given)
     chosen |= choose(lambdas)
-    found = {"chosen": chosen, "rates": rates, "lambdas": lambdas, "seeds": seeds}
+    found |= {"chosen": chosen, "lambdas": lambdas}
     ptdpo.write_json(given.out / "tune.json", found | describe_call("tune", began))
     for row in rates + lambdas:
         mark = "chosen" if chosen[row["arm"]] == row["settings"] else ""

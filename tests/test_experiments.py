@@ -16,7 +16,7 @@ from experiments.summaries import interval, judge_claim
 from toy_tasks.counting import CELLS, Counting
 from toy_tasks.free_text import FreeText
 
-SUMMARIES = sorted((ROOT / "experiments/results").glob("*/summary.json"))
+SUMMARIES = sorted((ROOT / "experiments/results").rglob("summary.json"))
 BASES = {
     "base": ROOT / "toy_tasks/base.safetensors",
     "base-1": ROOT / "experiments/bases/base-1.safetensors",
