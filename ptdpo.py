@@ -1526,7 +1526,7 @@ class HFPolicy(torch.nn.Module):
         inputs = {"input_ids": ids, "position_ids": positions.permute(2, 0, 1)}
         inputs |= {"attention_mask": real, **join_pictures(prompts, ids.device)}
         for t in range(T):
-            # `cache` is what transformers called past_key_values before 5.24.
+            # `cache` is the newer name of past_key_values.
             hidden = self.base.model(**inputs, cache=cache).last_hidden_state[:, -1]
             if t == 0:  # so far a row for each prompt, from now on one for each answer
                 cache.batch_repeat_interleave(G)
