@@ -1628,7 +1628,9 @@ def join_pictures(prompts, device):
     return {name: torch.cat([some[name] for some in pictured]).to(device) for name in names}
 
 
-def packed_attention(module, query, key, value, mask, scaling=None, sizes=None, **packed):
+def packed_attention(
+    module, query, key, value, mask, scaling=None, sizes=None, groups=None, recorded=None, **_
+):
     """Attention in a packed row: prompt (P) | T tokens of answer 1 | ... | T of answer G | ...
 
     A prompt sees itself. An answer sees its prompt and its own past, and no other answer, as told
@@ -1644,7 +1646,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, sizes=None, 
         return attend(query, key, value, mask)
     mixed = []
     parts = [x.split(sizes, 2) for x in (query, key, value)]  # each [1, heads, P + G * T, D]
-    for q, k, v, (causal, tokens) in zip(*parts, packed["groups"]):
+    for q, k, v, (causal, tokens) in zip(*parts, groups):
         T = len(causal)
         P = causal.shape[1] - T
         prompt, _ = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], None)  # causal
@@ -1654,9 +1656,8 @@ def packed_attention(module, query, key, value, mask, scaling=None, sizes=None, 
         v = torch.cat([v[:, :, :P].expand(len(q), -1, -1, -1), v_own], 2)
         answers, _ = attend(q, k, v, causal[None, None])  # [G, T, heads, D]
         mixed += [prompt, answers.flatten(0, 1)[None]]
-        if module.layer_idx in packed["recorded"]:
-            looks = read_attention(q, k, causal, tokens, scaling)
-            packed["recorded"][module.layer_idx].append(looks)
+        if module.layer_idx in recorded:
+            recorded[module.layer_idx].append(read_attention(q, k, causal, tokens, scaling))
     return torch.cat(mixed, 1), None
 
 

@@ -285,8 +285,8 @@ class JsonlTask(FreeText):
         marks = problem.count("<image>")
         if not problem.strip() or marks not in (0, len(images)) or "<image>" in answer + hint:
             raise ValueError("problem is missing, or <image> marks are not as many as pictures")
-        # Without its wrapping. If even the true answer would be graded wrong, as one that is too long
-        # would be, no answer could ever be solved: better to hear of it now than after hours.
+        # Without its wrapping. If even the true answer were graded wrong, as a very long one is,
+        # no answer could ever be solved: better to hear of it now than after hours.
         answer = (extract(answer) or answer.rpartition("####")[2]).strip()
         if not self.reward and not matches(extract(f"\\boxed{{{answer}}}") or "", answer):
             raise ValueError(f"answer {answer!r:.60} could never be graded right; mend or drop it")
